@@ -1,0 +1,238 @@
+"""The nouns: what is passed between the floors. Frozen, with keyword arguments only."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from diffsensor.errors import ConfigError
+
+Scale = Literal["linear", "log"]
+Cost = Literal["light", "full"]
+Worst = Literal["largest", "furthest_from_zero"]
+
+FIXED_BANK = "fixed"
+ALL_PROBES = ""
+WORST_GROUP = "worst"
+#: Words that mean something in place of a group's name, so no group may be called so.
+RESERVED_GROUPS = frozenset({ALL_PROBES, WORST_GROUP, "*"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricInfo:
+    """What a drift metric's number means: read this before comparing it with another paper's.
+
+    `direction` names the order of the two models, `estimator` how the number is got, `positions` which
+    ones count, `dtype` what it is computed in. `scale` is the scale on which its error is symmetric.
+    `worst` says which group is the worst one: of a distance the largest, of a signed change the one
+    furthest from zero.
+    """
+
+    name: str
+    unit: str
+    low: float
+    high: float
+    direction: str
+    estimator: str
+    positions: str = "counted"
+    dtype: str = "float32, sums in float64"
+    scale: Scale = "linear"
+    worst: Worst = "largest"
+    blind_to: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """One number that a sensor read at one step, with its error.
+
+    `stderr` is the standard error over probes (tokens of one probe are not independent), NaN where none
+    is defined. `bound` is by how much the true value may lie above `value`; 0 where the number is exact.
+    `group` is "" for all probes, or "worst" for the worst group, which `note` then names. `note` is
+    otherwise a caution that belongs to this value.
+    """
+
+    step: int
+    sensor: str
+    metric: str
+    value: float
+    unit: str
+    stderr: float = math.nan
+    num_probes: int = 0
+    bank: str = FIXED_BANK
+    group: str = ALL_PROBES
+    hookpoint: str = ""
+    bound: float = 0.0
+    scale: Scale = "linear"
+    note: str = ""
+
+    @property
+    def key(self) -> str:
+        """The name under which loggers show it: diffsensor/<metric>[/bank=...][/group=...][/at=...]."""
+        return log_key(self.metric, bank=self.bank, group=self.group, hookpoint=self.hookpoint)
+
+
+def log_key(metric: str, *, bank: str = FIXED_BANK, group: str = ALL_PROBES, hookpoint: str = "") -> str:
+    """The one place where a log key is put together; parts that are the default are left out."""
+    parts = [f"diffsensor/{metric}"]
+    if bank != FIXED_BANK:
+        parts.append(f"bank={bank}")
+    if group != ALL_PROBES:
+        parts.append(f"group={group}")
+    if hookpoint:
+        parts.append(f"at={hookpoint}")
+    return "/".join(parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenShift:
+    """One line of the token table: a token that the live model prefers more, or less, than the reference.
+
+    `mass_moved` is the mean of p_live - p_ref over the group's counted positions (in [-1, 1]), with its
+    standard error over probes; `logit_difference` the mean of z_live - z_ref there. `ranked_by` says
+    which of the two put the token into the table, `rank` at which place (0 is the strongest), `prefers`
+    which model likes it better. `context` ends where the change in probability is largest.
+    """
+
+    step: int
+    group: str = ALL_PROBES
+    bank: str = FIXED_BANK
+    ranked_by: Literal["mass_moved", "logit_difference"]
+    prefers: Literal["live", "reference"]
+    rank: int
+    token_id: int
+    token: str
+    mass_moved: float
+    mass_moved_stderr: float
+    logit_difference: float
+    probe: str
+    position: int
+    context: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """What one look at the model brought: readings, lines of the token table, vectors worth keeping."""
+
+    step: int
+    readings: tuple[Reading, ...] = ()
+    token_shifts: tuple[TokenShift, ...] = ()
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def without_text(self) -> "Findings":
+        """The same with no token and no context in words; token ids stay, for whoever has the tokenizer."""
+        shifts = tuple(replace(shift, token="", context="") for shift in self.token_shifts)
+        return replace(self, token_shifts=shifts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One forward pass of the fixed batch plan.
+
+    `args` and `inputs` are what the model is called with. `index` picks the counted positions out of the
+    flattened leading dimensions of an output [rows, width, dim] (or [rows, classes]); they are the
+    positions `start` to `start + len(index)` of the plan.
+    """
+
+    args: tuple[Tensor, ...] = ()
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    index: Int[Tensor, " pos"]
+    start: int
+
+    @property
+    def positions(self) -> slice:
+        return slice(self.start, self.start + len(self.index))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Which probe tokens are run together, and what each counted position is; the same at every reading.
+
+    Another layout gives numbers that differ in the last digits, so the plan is part of the reference.
+    `probe` is the number of the probe that a position belongs to, `offset` its place in that probe,
+    `target` the token that follows it there (-1 where there is none, as for classifiers).
+    """
+
+    batches: tuple[Batch, ...]
+    probe: Int[Tensor, " pos"]
+    offset: Int[Tensor, " pos"]
+    target: Int[Tensor, " pos"]
+    packed: bool
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.probe)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """What a model showed in one batch of the plan, at the counted positions only.
+
+    `hidden` is what the output head gets (for a module without a separate head: the logits themselves);
+    `activations` are the outputs of the hookpoints.
+    """
+
+    positions: slice
+    hidden: Float[Tensor, "pos dim"]
+    activations: Mapping[str, Float[Tensor, "pos width"]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceRows:
+    """The cached answers of the reference at some counted positions.
+
+    `log_partition` is log sum_v exp z_v in float32, which shifts all exponents; `log_sum` what is left of it
+    after the shift, in float64, as are `entropy` (nats) and `target_logprob`. `top` are its favourite tokens,
+    the first one first, and `top_probability` their probabilities.
+    `mean_unembedding` is sum_v q_v w_v, there only where the head is linear and does not train.
+    """
+
+    hidden: Float[Tensor, "pos dim"]
+    target: Int[Tensor, " pos"]
+    top: Int[Tensor, "pos top"]
+    top_probability: Float[Tensor, "pos top"]
+    log_partition: Float[Tensor, " pos"]
+    log_sum: Float[Tensor, " pos"]
+    entropy: Float[Tensor, " pos"]
+    target_logprob: Float[Tensor, " pos"]
+    mean_unembedding: Float[Tensor, "pos dim"] | None = None
+
+    def __getitem__(self, part: slice) -> "ReferenceRows":
+        kept = {name: rows for name in self.__slots__ if (rows := getattr(self, name)) is not None}
+        return replace(self, **{name: rows[part] for name, rows in kept.items()})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """The circumstances that change a model's numbers without changing its weights.
+
+    Two readings are comparable only where these agree: another dtype, attention kernel, thread count or
+    torch version moves the outputs by more than an early fine-tune does.
+    """
+
+    dtype: str
+    autocast: str
+    attention: str
+    device: str
+    threads: int
+    torch: str
+
+    def differences(self, other: "Context") -> list[str]:
+        """What differs, in words: `dtype: torch.float32 there, torch.bfloat16 here`."""
+        return [
+            f"{name}: {getattr(self, name)} there, {getattr(other, name)} here"
+            for name in self.__slots__
+            if getattr(self, name) != getattr(other, name)
+        ]
+
+
+def require_group_name(name: str) -> str:
+    """`name`, unless it is reserved."""
+    if name in RESERVED_GROUPS - {ALL_PROBES}:
+        raise ConfigError(
+            f"A group is named {name!r}, which has a meaning of its own here. Reserved: '*', 'worst'. "
+            "Give the group another name."
+        )
+    return name
