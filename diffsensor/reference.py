@@ -1,0 +1,449 @@
+"""What the reference model answers on the probes: computed once, kept on disk, opened by mmap."""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, final, runtime_checkable
+
+import safetensors
+import safetensors.torch
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from diffsensor.capture import Capture, leave_no_trace
+from diffsensor.checked_json import json_bytes, read_json
+from diffsensor.errors import (
+    CorruptFileError,
+    DiffSensorError,
+    NonFiniteError,
+    ReferenceMismatchError,
+    StorageError,
+)
+from diffsensor.head import GivenLogits, LinearHead, checksum, digest, full_precision
+from diffsensor.metrics.tiles import reference_rows, tile_shape, tiles, token_mass
+from diffsensor.probes import ProbeSet
+from diffsensor.protocols import OutputHead
+from diffsensor.types import Context, Piece, Plan, ReferenceRows
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = "diffsensor reference 1"
+_ROWS = ("hidden", "top", "top_probability", "log_partition", "log_sum", "entropy", "target_logprob")
+_TENSORS, _META = "answers.safetensors", "meta.json"
+#: A head that is frozen is kept too, up to this size: should it ever change, both heads are compared.
+_KEPT_HEAD_BYTES = 256 * 2**20
+#: A position whose norm is this many times the median is an attention sink and would drown all others.
+_SINK = 10.0
+#: Initialisations of LoRA that move a part of the base weights into the adapter.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+#: Packed rows agree with single probes to rounding, or are wrong by half and more: nothing lies between.
+_PACKING_TOLERANCE = 0.05
+
+
+@runtime_checkable
+class SwitchesAdapter(Protocol):
+    """A model with adapters that can be switched off, as PEFT's can."""
+
+    def disable_adapter(self) -> AbstractContextManager[object]: ...
+
+
+def cache_directory() -> Path:
+    """Where references are kept: $DIFFSENSOR_CACHE, else `diffsensor` in the user's cache directory."""
+    if chosen := os.environ.get("DIFFSENSOR_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "diffsensor"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "diffsensor"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffsensor"
+
+
+@final
+class Reference:
+    """What the reference model answered on a probe set, with all that decides whether it may be compared.
+
+    Made by `build` from a model, or by `open` from its fingerprint; satisfies `ReferenceAnswers`.
+    """
+
+    def __init__(self, directory: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor], probes: ProbeSet):
+        self.directory = directory
+        self.probes = probes
+        self.fingerprint: str = meta["fingerprint"]
+        self.context = Context(**meta["context"])
+        self.hookpoints: tuple[str, ...] = tuple(meta["hookpoints"])
+        self.head_trains: bool = meta["head"]["trains"]
+        self.plan: Plan = probes.plan(meta["packed"])
+        self._head = meta["head"]
+        self._tensors = tensors
+
+    @classmethod
+    def build(
+        cls,
+        model: nn.Module,
+        probes: ProbeSet,
+        cache_dir: str | os.PathLike[str] | None = None,
+        hookpoints: str | Sequence[str] = "auto",
+        *,
+        model_path: str | None = None,
+        adapter: bool = False,
+    ) -> "Reference":
+        """Ask the model as it is now, or open what it answered before if nothing that matters has changed.
+
+        Leaves no trace on the model. A model with adapters (LoRA and the like) is asked with them switched
+        off, unless `adapter=True`. Whether the head trains is read off `requires_grad`.
+
+        Arguments:
+            cache_dir: where answers are kept, one directory for each fingerprint; `cache_directory()` by default.
+            hookpoints: "auto" for at most 8 evenly spaced blocks, or names and globs of sub-modules.
+            model_path: where in `model` the language model is, needed only where there are several.
+
+        Raises `ProbeError` where the probes do not fit the model, `CaptureError` or `HookpointError` where the
+        model cannot be looked at, `NonFiniteError` where it answers NaN, `StorageError` where the cache cannot
+        be written.
+        """
+        capture = Capture(model, hookpoints, model_path)
+        if not adapter:
+            _refuse_changed_base(capture.root)
+        with leave_no_trace(capture.root), adapter_off(capture.root, leave_on=adapter):
+            require_fitting(probes, capture)
+            capture.verify_head(probes.tokens_of(0)[:32])
+            packed = probes.is_text and capture.is_causal_lm and takes_packed_rows(capture, probes)
+            identity = _identity(capture, probes, packed, adapter=adapter)
+            fingerprint = digest(json.dumps(identity, sort_keys=True))
+            directory = Path(cache_dir or cache_directory() / "references") / fingerprint[:24]
+            if directory.exists():
+                try:
+                    return cls.open(directory, probes)
+                except CorruptFileError as error:
+                    logger.warning("%s It is computed anew, from the same weights.", error)
+                    shutil.rmtree(directory, ignore_errors=True)
+            answers = _ask(capture, probes.plan(packed), probes)
+        meta = identity | {"fingerprint": fingerprint, "checksums": {name: checksum(t) for name, t in answers.items()}}
+        _keep(directory, meta, answers)
+        return cls.open(directory, probes)
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str], probes: ProbeSet) -> "Reference":
+        """A reference that was built before. Raises `CorruptFileError` where a single bit of it has changed."""
+        directory = Path(directory)
+        meta, tensors = _read(directory)
+        if meta["probes"] != probes.fingerprint:
+            raise ReferenceMismatchError(
+                f"The reference in {directory} was computed for the probe set {meta['probes'][:12]}, given was "
+                f"{probes.fingerprint[:12]}. Use the same probes (and tokenizer), or build a reference for these."
+            )
+        return cls(directory, meta, tensors, probes)
+
+    @classmethod
+    def find(cls, fingerprint: str, probes: ProbeSet, cache_dir: str | os.PathLike[str] | None = None) -> "Reference":
+        """The reference with this fingerprint, for a run that goes on; it is never computed again.
+
+        Raises `ReferenceMismatchError` where it is not there: by now the model at hand is a trained one.
+        """
+        directory = Path(cache_dir or cache_directory() / "references") / fingerprint[:24]
+        if not directory.exists():
+            raise ReferenceMismatchError(
+                f"This run is compared with the reference {fingerprint[:12]}, which is not in {directory.parent}. "
+                "It is not built anew, because the model has been trained since. Give the cache_dir that the run began "
+                "with, or the reference model itself, or begin a new run and record."
+            )
+        reference = cls.open(directory, probes)
+        if reference.fingerprint != fingerprint:
+            raise ReferenceMismatchError(
+                f"{directory} holds the reference {reference.fingerprint}, expected {fingerprint}. "
+                "Remove that directory."
+            )
+        return reference
+
+    def __repr__(self) -> str:
+        return (
+            f"Reference({self.fingerprint[:12]}, {len(self.probes)} probes, {self.plan.num_positions} positions, "
+            f"{len(self.hookpoints)} hookpoints, {'head trains' if self.head_trains else 'head frozen'})"
+        )
+
+    def activation(self, hookpoint: str, positions: slice, device: torch.device) -> Float[Tensor, "pos width"]:
+        return self._tensors[f"activation/{hookpoint}"][positions].to(device)
+
+    def sinks(self, hookpoint: str) -> Int[Tensor, " sink"]:
+        return self._tensors[f"sinks/{hookpoint}"]
+
+    def rows(self, positions: slice, device: torch.device) -> ReferenceRows:
+        def cut(name: str) -> Tensor:
+            # A copy: products round by how memory is aligned, and a mapped file is aligned in other ways.
+            return self._tensors[name][positions].clone().to(device)
+
+        return ReferenceRows(
+            hidden=cut("hidden"),
+            target=self.plan.target[positions].to(device),
+            top=cut("top"),
+            top_probability=cut("top_probability"),
+            log_partition=cut("log_partition"),
+            log_sum=cut("log_sum"),
+            entropy=cut("entropy"),
+            target_logprob=cut("target_logprob"),
+            mean_unembedding=cut("mean_unembedding") if "mean_unembedding" in self._tensors else None,
+        )
+
+    def strata(self, positions: slice, device: torch.device) -> Float[Tensor, "stratum pos"]:
+        return strata_of(self.probes, self.plan)[:, positions].to(device)
+
+    def token_mass(self) -> Float[Tensor, "stratum vocab"]:
+        return self._tensors["token_mass"]
+
+    def shares_head(self, live_head: OutputHead) -> bool:
+        return isinstance(live_head, LinearHead) and live_head.checksum() == self._head["checksum"]
+
+    def head_beside(self, live_head: OutputHead) -> OutputHead:
+        if self._stored_head is not None:
+            return self._stored_head
+        if isinstance(live_head, GivenLogits) or self.shares_head(live_head):
+            return live_head
+        raise ReferenceMismatchError(
+            "The model's output head has changed, but it was frozen when the reference was built, so that the "
+            f"reference's own head ({self._head['vocab_size']} tokens) was not kept. Build the reference "
+            "while the head's parameters require gradients, or keep the head frozen."
+        )
+
+    @cached_property
+    def _stored_head(self) -> LinearHead | None:
+        if "head.weight" not in self._tensors:
+            return None
+        bias = self._tensors.get("head.bias")
+        return LinearHead(
+            weight=self._tensors["head.weight"].clone().to(self.context.device),
+            bias=None if bias is None else bias.clone().to(self.context.device),
+            scale=self._head["scale"],
+            softcap=self._head["softcap"],
+        )
+
+
+def strata_of(probes: ProbeSet, plan: Plan) -> Float[Tensor, "stratum pos"]:
+    """The weight of each position: row 0 in all probes, then in each group, float64."""
+    weights = probes.weights.double()
+    member = torch.tensor([[group == name for group in probes.groups] for name in probes.group_names], dtype=torch.bool)
+    by_probe = torch.cat([weights[None], weights * member.reshape(-1, len(weights))])
+    return by_probe[:, plan.probe]
+
+
+def require_fitting(probes: ProbeSet, capture: Capture) -> None:
+    """Raise `ProbeError` unless the model can read these probes."""
+    if not probes.is_text:
+        return
+    if (longest := capture.max_positions()) is not None:
+        probes.check_length(longest)
+    if capture.is_causal_lm:
+        probes.check_vocab(capture.vocab_size())
+
+
+@contextlib.contextmanager
+def adapter_off(root: nn.Module, *, leave_on: bool = False) -> Iterator[None]:
+    """The model without its adapters, where it has any that can be switched off."""
+    if leave_on or not isinstance(root, SwitchesAdapter):
+        yield
+        return
+    # Switching back on makes adapter parameters trainable that the user had frozen.
+    trainable = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
+    try:
+        with root.disable_adapter():
+            yield
+    finally:
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+
+
+def _refuse_changed_base(root: nn.Module) -> None:
+    """Raise where switching the adapter off would not give the model that training began with."""
+    for name, config in getattr(root, "peft_config", {}).items():
+        init = getattr(config, "init_lora_weights", None)
+        if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+            raise ReferenceMismatchError(
+                f"The adapter {name!r} was initialised with init_lora_weights={init!r}, which takes a part out of the "
+                "base weights: with the adapter off this is not the model that training began with. Take the model "
+                "as it is before the first step instead: Reference.build(model, probes, adapter=True)."
+            )
+
+
+def takes_packed_rows(capture: Capture, probes: ProbeSet) -> bool:
+    """Whether several probes in one row give what each gives alone: tried out, because models differ.
+
+    Models that number positions themselves, or carry a state along the row, are wrong by half and more.
+    """
+    shortest = sorted(range(len(probes)), key=lambda probe: len(probes.tokens_of(probe)))[:2]
+    texts = [probes.tokens_of(probe)[:32] for probe in (shortest[0], shortest[-1])]
+    pair = ProbeSet.from_tensors(
+        {
+            "input_ids": nn.utils.rnn.pad_sequence(texts, batch_first=True),
+            "attention_mask": nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in texts], batch_first=True),
+        },
+    )
+    alone = {int(plan_probe): piece for plan_probe, piece in _one_by_one(capture, pair)}
+    plan = pair.plan(packed=True)
+    try:
+        packed = torch.cat([piece.hidden for piece in capture.pieces(plan)]).float()
+    except (TypeError, ValueError, RuntimeError) as error:
+        logger.info("This model takes no packed rows (%s); probes are run in buckets of like length.", error)
+        return False
+    expected = torch.cat([alone[probe] for probe in dict.fromkeys(plan.probe.tolist())]).float()
+    difference = float((packed - expected).norm() / expected.norm())
+    if not difference < _PACKING_TOLERANCE:
+        logger.info("Packed rows are wrong by %.2g with this model; probes are run in buckets.", difference)
+    return difference < _PACKING_TOLERANCE
+
+
+def _one_by_one(capture: Capture, probes: ProbeSet) -> Iterator[tuple[int, Float[Tensor, "pos dim"]]]:
+    plan = probes.plan(packed=False, batch_tokens=1)
+    for piece in capture.pieces(plan):
+        yield int(plan.probe[piece.positions.start]), piece.hidden
+
+
+def _identity(capture: Capture, probes: ProbeSet, packed: bool, *, adapter: bool) -> dict[str, Any]:
+    """All that the answers depend on. A reference is the same one exactly where this is."""
+    state = {
+        **dict(capture.root.named_parameters()),
+        **dict(capture.root.named_buffers()),
+    }
+    if not adapter and (prefix := getattr(getattr(capture.root, "base_model", None), "prefix", None)):
+        # What is switched off has no part in the answers, and is different for every seed.
+        adapters = (f".{prefix}", ".modules_to_save.")
+        state = {name: tensor for name, tensor in state.items() if not any(mark in name for mark in adapters)}
+    head: dict[str, Any] = {"trains": capture.trains_head}
+    if capture.is_causal_lm:
+        live = capture.head()
+        assert isinstance(live, LinearHead)
+        head |= {"checksum": live.checksum(), "scale": live.scale, "softcap": live.softcap}
+        head["vocab_size"] = live.vocab_size
+    return {
+        "format_name": _FORMAT,
+        "model": type(capture.root).__name__,
+        "weights": digest(*(f"{name} {checksum(tensor)}" for name, tensor in sorted(state.items()))),
+        "probes": probes.fingerprint,
+        "context": asdict(capture.context()),
+        "hookpoints": list(capture.hookpoints),
+        "packed": packed,
+        "head": head,
+    }
+
+
+def _ask(capture: Capture, plan: Plan, probes: ProbeSet) -> dict[str, Tensor]:
+    """The answers themselves, as tensors with one row for each counted position."""
+    strata = strata_of(probes, plan).to(capture.device)
+    columns: dict[str, list[Tensor]] = {}
+    mass: Tensor | None = None
+    head: LinearHead | GivenLogits | None = None
+    for piece in capture.pieces(plan):
+        head = head or capture.head()
+        _require_numbers(piece, plan, probes)
+        for name, activation in piece.activations.items():
+            columns.setdefault(f"activation/{name}", []).append(activation.cpu())
+        with full_precision(capture.device):
+            for part in row_chunks(piece.positions, capture.device):
+                hidden = piece.hidden[part.start - piece.positions.start : part.stop - piece.positions.start]
+                rows, weights = reference_rows(head, hidden, plan.target[part].to(capture.device))
+                if mass is None:
+                    mass = torch.zeros(len(strata), head.vocab_size, dtype=torch.float64, device=capture.device)
+                mass += token_mass(weights, rows.log_sum.exp(), strata[:, part])
+                if isinstance(head, LinearHead) and head.is_linear and not capture.trains_head:
+                    mean = _mean_unembedding(head, weights, rows.log_sum)
+                    columns.setdefault("mean_unembedding", []).append(mean.cpu())
+                for name in _ROWS:
+                    columns.setdefault(name, []).append(getattr(rows, name).cpu())
+    assert mass is not None and head is not None
+    answers = {name: torch.cat(parts) for name, parts in columns.items()}
+    answers["token_mass"] = mass.cpu()
+    for name in capture.hookpoints:
+        norms = answers[f"activation/{name}"].float().norm(dim=1)
+        answers[f"sinks/{name}"] = (norms > _SINK * norms.median()).nonzero()[:, 0]
+    if isinstance(head, LinearHead):
+        size = head.weight.numel() * head.weight.element_size()
+        if capture.trains_head or not head.is_linear or size <= _KEPT_HEAD_BYTES:
+            answers["head.weight"] = head.weight.cpu().clone()
+            if head.bias is not None:
+                answers["head.bias"] = head.bias.cpu().clone()
+    return answers
+
+
+def row_chunks(positions: slice, device: torch.device) -> Iterator[slice]:
+    """The positions of one batch in the portions that the head works on, the same at every reading."""
+    rows = tile_shape(device).rows
+    for start, stop in tiles(positions.stop - positions.start, rows):
+        yield slice(positions.start + start, positions.start + stop)
+
+
+def _mean_unembedding(
+    head: LinearHead, weights: Float[Tensor, "pos vocab"], log_sum: Float[Tensor, " pos"]
+) -> Float[Tensor, "pos dim"]:
+    mean = weights.new_zeros(len(weights), head.weight.shape[1], dtype=torch.float64)
+    for start, stop in tiles(head.vocab_size, tile_shape(weights.device).columns):
+        mean += head.mean_row(weights[:, start:stop], start, stop)
+    return (mean / log_sum.exp()[:, None]).float()
+
+
+def _require_numbers(piece: Piece, plan: Plan, probes: ProbeSet) -> None:
+    for name, values in {"output head's input": piece.hidden, **piece.activations}.items():
+        wrong = (~values.isfinite().all(1)).nonzero()[:, 0]
+        if len(wrong):
+            position = piece.positions.start + int(wrong[0])
+            raise NonFiniteError(
+                f"The reference model's answers are not numbers (NaN or infinite) at {name}, first in probe "
+                f"{probes.names[int(plan.probe[position])]!r} at token {int(plan.offset[position])}. "
+                "A reference must be finite: look at the weights and the dtype of the model."
+            )
+
+
+def _keep(directory: Path, meta: Mapping[str, Any], answers: Mapping[str, Tensor]) -> None:
+    """Write a reference as a whole: under another name first, which a killed run may leave behind harmlessly."""
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{directory.name[:8]}-", dir=directory.parent))
+        try:
+            safetensors.torch.save_file(dict(answers), work / _TENSORS)
+            (work / _META).write_bytes(json_bytes("meta", meta))
+            try:
+                work.replace(directory)
+            except OSError:
+                # Another run has built the same reference in the meantime: its answers are these.
+                if not (directory / _META).exists():
+                    raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise StorageError(
+            f"The reference could not be written to {directory.parent} ({error}). Nothing was left there. "
+            "Free some room or give another directory: cache_dir=..., or the environment variable DIFFSENSOR_CACHE."
+        ) from error
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        meta = read_json(directory / _META)
+        tensors = safetensors.torch.load_file(directory / _TENSORS)
+    except (OSError, safetensors.SafetensorError, DiffSensorError) as error:
+        raise CorruptFileError(
+            f"The reference in {directory} cannot be read ({error}). Remove that directory; a new run builds it again."
+        ) from error
+    wrong = sorted(
+        {
+            name
+            for name in meta["checksums"].keys() | tensors.keys()
+            if name not in tensors
+            or name not in meta["checksums"]
+            or checksum(tensors[name]) != meta["checksums"][name]
+        }
+    )
+    if wrong:
+        raise CorruptFileError(
+            f"The reference in {directory} has changed since it was written: {', '.join(wrong[:3])} "
+            f"{'differs' if len(wrong) == 1 else 'differ'} from the recorded checksum. Remove that directory; "
+            "a new run builds it again."
+        )
+    return meta, tensors

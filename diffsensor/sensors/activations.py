@@ -1,0 +1,142 @@
+"""How far, and in which direction, the activations at each hookpoint have moved."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from diffsensor.metrics.activations import ACTIVATION_METRICS, CKA_DISTANCE, MEAN_SHIFT
+from diffsensor.metrics.cka import POSITIONS, UNSTABLE_BELOW, cka_distance
+from diffsensor.protocols import OutputHead, ReferenceAnswers
+from diffsensor.sensors.means import ProbeSums, grouped_readings, mean_readings, strata_weights
+from diffsensor.statistics import Estimate, ratio_mean
+from diffsensor.types import ALL_PROBES, FIXED_BANK, Findings, MetricInfo, Piece, Reading, log_key
+
+
+class Activations:
+    """Relative L2, cosine distance, mean shift and CKA distance at every hookpoint.
+
+    Also keeps the mean-difference vector of each hookpoint and group, which says in which direction the
+    activations moved. Attention sinks are left out. Blind to what no hookpoint carries.
+    """
+
+    name = "activations"
+
+    @property
+    def metrics(self) -> Mapping[str, MetricInfo]:
+        infos = [metric.info for metric in ACTIVATION_METRICS.values()]
+        return {info.name: info for info in (*infos, MEAN_SHIFT, CKA_DISTANCE)}
+
+    def open(self, reference: ReferenceAnswers, live_head: OutputHead) -> "ActivationsFold":
+        return ActivationsFold(self.name, reference)
+
+
+class ActivationsFold:
+    """One reading of `Activations` while it is being taken."""
+
+    def __init__(self, sensor: str, reference: ReferenceAnswers) -> None:
+        self._sensor, self._reference = sensor, reference
+        self._at = {name: _Hookpoint(reference, name) for name in reference.hookpoints}
+
+    def update(self, piece: Piece) -> None:
+        for name, live in piece.activations.items():
+            self._at[name].add(piece.positions, live)
+
+    def finish(self, step: int) -> Findings:
+        readings: list[Reading] = []
+        tensors: dict[str, Tensor] = {}
+        for name, seen in self._at.items():
+            for metric in ACTIVATION_METRICS.values():
+                sums = seen.sums[metric.info.name]
+                readings += mean_readings(
+                    sums, metric.info, self._reference, sensor=self._sensor, step=step, hookpoint=name
+                )
+            readings += grouped_readings(
+                seen.mean_shift, MEAN_SHIFT, self._reference, sensor=self._sensor, step=step, hookpoint=name
+            )
+            if (cka := self._cka(seen, step, name)) is not None:
+                readings.append(cka)
+            for group, weights in strata_weights(self._reference):
+                key = log_key("mean_difference", bank=FIXED_BANK, group=group, hookpoint=name)
+                tensors[key] = seen.mean_difference(weights).float()
+        return Findings(step=step, readings=tuple(readings), tensors=tensors)
+
+    def _cka(self, seen: "_Hookpoint", step: int, hookpoint: str) -> Reading | None:
+        positions = seen.cka_positions
+        if len(positions) < POSITIONS:
+            return None
+        device = seen.kept[0].device
+        ref = self._reference.activation(hookpoint, slice(None), torch.device("cpu"))[positions].to(device).float()
+        owner = self._reference.plan.probe[positions].to(device)
+        value, stderr = cka_distance(ref, torch.cat(seen.kept).float(), owner)
+        if not math.isfinite(value):
+            return None
+        return Reading(
+            step=step,
+            sensor=self._sensor,
+            metric=CKA_DISTANCE.name,
+            value=value,
+            stderr=stderr,
+            unit=CKA_DISTANCE.unit,
+            num_probes=len(owner.unique()),
+            group=ALL_PROBES,
+            hookpoint=hookpoint,
+            scale=CKA_DISTANCE.scale,
+            note="unstable: below 1e-4 this is mostly rounding" if 0 != abs(value) < UNSTABLE_BELOW else "",
+        )
+
+
+class _Hookpoint:
+    """The running sums of one hookpoint."""
+
+    def __init__(self, reference: ReferenceAnswers, name: str) -> None:
+        self._reference, self._name = reference, name
+        self._num_probes = len(reference.probes.names)
+        self.sums = {metric: ProbeSums(self._num_probes) for metric in ACTIVATION_METRICS}
+        self._difference: Tensor | None = None
+        self.counts = torch.zeros(self._num_probes, dtype=torch.float64)
+        counted = torch.ones(reference.plan.num_positions, dtype=torch.bool)
+        counted[reference.sinks(name)] = False
+        self._counted = counted
+        self.cka_positions = _evenly_spaced(counted.nonzero()[:, 0], POSITIONS)
+        self.kept: list[Tensor] = []
+
+    def add(self, positions: slice, live: Float[Tensor, "pos width"]) -> None:
+        ref = self._reference.activation(self._name, positions, live.device).float()
+        live = live.float()
+        counted = self._counted[positions]
+        owner = self._reference.plan.probe[positions]
+        wanted = self.cka_positions[(self.cka_positions >= positions.start) & (self.cka_positions < positions.stop)]
+        self.kept.append(live[(wanted - positions.start).to(live.device)])
+        if not bool(counted.all()):
+            here = counted.nonzero()[:, 0]
+            ref, live, owner = ref[here.to(ref.device)], live[here.to(live.device)], owner[here]
+        for metric, described in ACTIVATION_METRICS.items():
+            self.sums[metric].add(described.measure(ref, live), owner)
+        if self._difference is None:
+            self._difference = ref.new_zeros(self._num_probes, ref.shape[1], dtype=torch.float64)
+        # As a product, which adds in a fixed order on every device, as index_add_ does not.
+        member = torch.nn.functional.one_hot(owner.to(ref.device), self._num_probes).to(ref.dtype)
+        self._difference += member.T @ (live - ref)
+        self.counts += torch.bincount(owner, minlength=self._num_probes)
+
+    def mean_difference(self, weights: Float[Tensor, " probe"]) -> Float[Tensor, " width"]:
+        """mean(h - h_ref) over counted positions."""
+        assert self._difference is not None
+        return (weights @ self._difference.cpu()) / (weights * self.counts).sum()
+
+    def mean_shift(self, weights: Float[Tensor, " probe"]) -> Estimate:
+        assert self._difference is not None
+        mean = self.mean_difference(weights)
+        norm = float(mean.norm())
+        along = self._difference.cpu() @ (mean / norm if norm else mean)
+        found = ratio_mean(along, self.counts, weights)
+        return Estimate(value=norm, stderr=found.stderr, num_probes=found.num_probes)
+
+
+def _evenly_spaced(positions: Int[Tensor, " pos"], limit: int) -> Int[Tensor, " some"]:
+    if len(positions) <= limit:
+        return positions
+    return positions[torch.linspace(0, len(positions) - 1, limit).round().long()]

@@ -1,0 +1,236 @@
+"""How far the model's next-token distributions have moved, and which tokens it prefers now."""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from diffsensor.errors import ConfigError
+from diffsensor.head import full_precision
+from diffsensor.metrics.outputs import (
+    KL_P95,
+    KL_WORST1,
+    MASS_MOVED,
+    MAX_TOKEN_GAIN,
+    OUTPUT_METRICS,
+    OutputMetric,
+)
+from diffsensor.metrics.tiles import OneHead, Sums, TwoHeads, tiles
+from diffsensor.protocols import OutputHead, ReferenceAnswers
+from diffsensor.sensors.means import ProbeSums, grouped_readings, mean_readings, strata_weights, with_worst
+from diffsensor.sensors.tails import quantile, worst_mean
+from diffsensor.sensors.token_table import token_table
+from diffsensor.types import Cost, Findings, MetricInfo, Piece, Reading, TokenShift
+
+
+class Outputs:
+    """Drift of the outputs and the token table, in one of two cost classes.
+
+    `light`: KL(reference || live), change of NLL and entropy, top-1 flips, mass moved, largest token gain. With
+    a frozen linear head this needs the live head alone. `full` adds the reverse KL, JS, TV and the tails of
+    the KL, from both heads. Blind to what no probe brings up.
+    """
+
+    def __init__(self, cost: Cost = "light") -> None:
+        if cost not in ("light", "full"):
+            raise ConfigError(f"Outputs was given cost={cost!r}, expected 'light' or 'full'.")
+        self.cost: Cost = cost
+        self.name = "outputs" if cost == "light" else "outputs_full"
+
+    @property
+    def metrics(self) -> Mapping[str, MetricInfo]:
+        infos = [metric.info for metric in self.output_metrics]
+        tails = (KL_P95, KL_WORST1) if self.cost == "full" else ()
+        return {info.name: info for info in (*infos, MASS_MOVED, MAX_TOKEN_GAIN, *tails)}
+
+    @property
+    def output_metrics(self) -> tuple[OutputMetric, ...]:
+        return tuple(metric for metric in OUTPUT_METRICS.values() if metric.cost == "light" or self.cost == "full")
+
+    def open(self, reference: ReferenceAnswers, live_head: OutputHead) -> "OutputsFold":
+        return OutputsFold(self, reference, live_head)
+
+
+class OutputsFold:
+    """One reading of `Outputs` while it is being taken."""
+
+    def __init__(self, sensor: Outputs, reference: ReferenceAnswers, live_head: OutputHead) -> None:
+        self._sensor, self._reference, self._live_head = sensor, reference, live_head
+        self._ref_head = reference.head_beside(live_head)
+        self._metrics = sensor.output_metrics
+        if bool((reference.plan.target < 0).any()):
+            self._metrics = tuple(metric for metric in self._metrics if metric.info.name != "nll_change")
+        self._folds = {metric.info.name: metric.fold for metric in self._metrics if metric.fold is not None}
+        self._values: dict[str, list[Tensor]] = {}
+        self._hidden: list[Tensor] = []
+        self._mass: Tensor | None = None
+        self._logits: Tensor | None = None
+        self._one: OneHead | None = None
+        self._two: TwoHeads | None = None
+
+    def update(self, piece: Piece) -> None:
+        device = piece.hidden.device
+        if self._mass is None:
+            self._begin(device)
+        with full_precision(device):
+            for start, stop in tiles(len(piece.hidden), self._shape_rows()):
+                self._compare(piece.hidden[start:stop], piece.positions.start + start)
+        self._hidden.append(piece.hidden)
+
+    def _begin(self, device: torch.device) -> None:
+        size = (1 + len(self._reference.probes.group_names), self._live_head.vocab_size)
+        self._mass = torch.zeros(size, dtype=torch.float64, device=device)
+        one_is_enough = (
+            self._sensor.cost == "light"
+            and self._live_head.is_linear
+            and self._reference.rows(slice(0, 1), device).mean_unembedding is not None
+            and self._reference.shares_head(self._live_head)
+        )
+        if one_is_enough:
+            self._one = OneHead(self._live_head, device)
+        else:
+            self._two = TwoHeads(self._ref_head, self._live_head, device)
+            if not self._live_head.is_linear:
+                self._logits = torch.zeros(size, dtype=torch.float64, device=device)
+
+    def _shape_rows(self) -> int:
+        part = self._one or self._two
+        assert part is not None
+        return part.shape.rows
+
+    def _compare(self, hidden: Float[Tensor, "pos dim"], start: int) -> None:
+        positions = slice(start, start + len(hidden))
+        ref = self._reference.rows(positions, hidden.device)
+        strata = self._reference.strata(positions, hidden.device)
+        assert self._mass is not None
+        if self._one is not None:
+            sums, mass = self._one.compare(hidden, ref, strata)
+        else:
+            assert self._two is not None
+            sums, mass = self._two.compare(hidden, ref, strata, self._folds, logit_sums=self._logits)
+        self._mass += mass
+        for name, values in self._of_each_position(sums).items():
+            self._values.setdefault(name, []).append(values)
+
+    def _of_each_position(self, sums: Sums) -> dict[str, Float[Tensor, " pos"]]:
+        found = {metric.info.name: metric.finish(sums) for metric in self._metrics}
+        found |= {"max_gain": sums.max_gain, "log_ratio": sums.log_ratio}
+        return {name: values for name, values in found.items() if values is not None}
+
+    def finish(self, step: int) -> Findings:
+        assert self._mass is not None
+        values = {name: torch.cat(parts) for name, parts in self._values.items()}
+        hidden = torch.cat(self._hidden)
+        name, reference = self._sensor.name, self._reference
+        readings: list[Reading] = []
+        for metric in self._metrics:
+            sums = ProbeSums(len(reference.probes.names))
+            sums.add(values[metric.info.name], reference.plan.probe)
+            readings += mean_readings(sums, metric.info, reference, sensor=name, step=step)
+        if self._sensor.cost == "full":
+            kl = values["kl_ref_live"].cpu()
+            owner, size = reference.plan.probe, len(reference.probes.names)
+            for info, tail in ((KL_P95, quantile), (KL_WORST1, worst_mean)):
+                estimate = partial(tail, kl, owner, num_probes=size)
+                readings += grouped_readings(estimate, info, reference, sensor=name, step=step)
+        moved = self._mass_moved(hidden.device)
+        readings += self._mass_readings(moved, step)
+        readings += self._gain_readings(values, hidden, step)
+        shifts: tuple[TokenShift, ...] = ()
+        if all(values_of.isfinite().all() for values_of in values.values()):
+            with full_precision(hidden.device):
+                shifts = token_table(
+                    reference=reference,
+                    ref_head=self._ref_head,
+                    live_head=self._live_head,
+                    hidden=hidden,
+                    mass_moved=moved,
+                    logit_sums=self._logits,
+                    log_ratio=values["log_ratio"],
+                    step=step,
+                )
+        return Findings(step=step, readings=tuple(readings), token_shifts=shifts)
+
+    def _mass_moved(self, device: torch.device) -> Float[Tensor, "stratum vocab"]:
+        """mean(p) - mean(q) over the counted positions of each stratum."""
+        assert self._mass is not None
+        everywhere = slice(0, self._reference.plan.num_positions)
+        total = self._reference.strata(everywhere, device).sum(1, keepdim=True)
+        summed = self._mass if self._two is not None else self._mass - self._reference.token_mass().to(device)
+        return summed / total
+
+    def _mass_readings(self, moved: Float[Tensor, "stratum vocab"], step: int) -> list[Reading]:
+        readings = []
+        for row, (group, weights) in zip(moved, strata_weights(self._reference), strict=True):
+            readings.append(
+                Reading(
+                    step=step,
+                    sensor=self._sensor.name,
+                    metric=MASS_MOVED.name,
+                    value=float(row.abs().sum() / 2),
+                    unit=MASS_MOVED.unit,
+                    num_probes=int((weights > 0).sum()),
+                    group=group,
+                )
+            )
+        return with_worst(readings, MASS_MOVED)
+
+    def _gain_readings(
+        self, values: Mapping[str, Tensor], hidden: Float[Tensor, "pos dim"], step: int
+    ) -> list[Reading]:
+        everywhere = slice(0, self._reference.plan.num_positions)
+        members = self._reference.strata(everywhere, hidden.device) > 0
+        gains = limits = values["max_gain"]
+        if self._one is not None:
+            gains, limits = self._search_gains(limits, hidden, members)
+        readings = []
+        for member, (group, weights) in zip(members, strata_weights(self._reference), strict=True):
+            largest = float(gains[member].clamp_min(0).amax())
+            if bool(values["max_gain"][member].isnan().any()):
+                largest = math.nan
+            bound = 0.0 if math.isnan(largest) else max(float(limits[member].amax()) - largest, 0.0)
+            readings.append(
+                Reading(
+                    step=step,
+                    sensor=self._sensor.name,
+                    metric=MAX_TOKEN_GAIN.name,
+                    value=largest,
+                    bound=bound,
+                    unit=MAX_TOKEN_GAIN.unit,
+                    num_probes=int((weights > 0).sum()),
+                    group=group,
+                )
+            )
+        return with_worst(readings, MAX_TOKEN_GAIN)
+
+    def _search_gains(
+        self, limits: Float[Tensor, " pos"], hidden: Float[Tensor, "pos dim"], members: Tensor
+    ) -> tuple[Float[Tensor, " pos"], Float[Tensor, " pos"]]:
+        """The gain at the positions where it may be largest, 0 elsewhere; and what it may be at most.
+
+        Looks at the most promising positions of all probes and of each group, one in 64 in all.
+        """
+        limits = limits.nan_to_num(nan=0.0, posinf=1.0)
+        budget = max(16, len(limits) // 64)
+        each = max(1, budget // len(members))
+        promising = torch.cat([(limits * member).topk(min(each, len(limits))).indices for member in members]).unique()
+        promising = promising[limits[promising] > 0]
+        gains = torch.zeros_like(limits)
+        # Small portions: two rows of the vocabulary for each position.
+        for start, stop in tiles(len(promising), 32):
+            some = promising[start:stop]
+            gains[some] = self._gain_at(some, hidden[some])
+        limits = limits.clone()
+        limits[promising] = gains[promising]
+        return gains, limits
+
+    def _gain_at(self, positions: Int[Tensor, " some"], hidden: Float[Tensor, "some dim"]) -> Float[Tensor, " some"]:
+        ref_hidden = self._reference.rows(slice(0, self._reference.plan.num_positions), torch.device("cpu")).hidden
+        ref_hidden = ref_hidden[positions.cpu()].to(hidden.device)
+        with full_precision(hidden.device):
+            q = self._ref_head.logits(ref_hidden, 0, self._ref_head.vocab_size).softmax(1)
+            p = self._live_head.logits(hidden, 0, self._live_head.vocab_size).softmax(1)
+        return p.sub_(q).amax(1).double()
