@@ -7,15 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffsensor.atomic import store
-from diffsensor.capture import Capture, leave_no_trace, require_same_context
+from diffsensor.capture import Capture, leave_no_trace, random_states_kept, require_same_context
 from diffsensor.checked_json import json_bytes, read_json
 from diffsensor.errors import ConfigError, ReferenceMismatchError
 from diffsensor.probes import ProbeSet
@@ -23,7 +24,7 @@ from diffsensor.protocols import Fold, OutputHead, Schedule, Sensor, Sink
 from diffsensor.record import MANIFEST, Record, read_manifest
 from diffsensor.reference import Reference, require_fitting
 from diffsensor.schedules import every
-from diffsensor.sensors import resolve_sensors
+from diffsensor.sensors import Activations, Outputs, resolve_sensors
 from diffsensor.types import FIXED_BANK, Findings, Reading
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,6 @@ class Monitor:
         self._fingerprint: str | None = None
         self._seen: tuple[nn.Module, Capture] | None = None
         self._last_step = -1
-        self._num_readings = 0
         self._reference_model = None if isinstance(reference, Reference) else reference
         self._bank = bank
         if self.reference is not None:
@@ -122,12 +122,14 @@ class Monitor:
         capture = Capture(model, self.reference.hookpoints, self._model_path)
         require_fitting(self.probes, capture)
         with leave_no_trace(capture.root):
-            capture.verify_head(self.probes.tokens_of(0)[:32])
+            capture.try_out(self.probes.first(), is_text=self.probes.is_text)
             require_same_context(self.reference.context, capture.context())
-        if capture.is_causal_lm:
-            _require_same_vocabulary(self.reference, capture.head())
+        _require_same_vocabulary(self.reference, capture.head())
+        _require_readable(self.sensors, self.reference, capture)
         if self._record is None and self._record_path is not None:
             self._record = Record(self._record_path, manifest=self._manifest(), resume=resume)
+            if resume and self._fingerprint is None and (state := self._record.read_state()) is not None:
+                self.load_state_dict(state)
         self._seen = (model, capture)
 
     def _ask_another(self, other: nn.Module | str | os.PathLike[str], live: nn.Module) -> Reference:
@@ -135,12 +137,13 @@ class Monitor:
         capture = Capture(live, (), self._model_path)
         require_fitting(self.probes, capture)
         with leave_no_trace(capture.root):
-            capture.verify_head(self.probes.tokens_of(0)[:32])
+            capture.try_out(self.probes.first(), is_text=self.probes.is_text)
         if not isinstance(other, nn.Module):
             from diffsensor.loading import load_causal_lm
 
             # Whether one head will do for both is decided by whether the live one trains.
-            other = load_causal_lm(other, like=capture.root).requires_grad_(capture.trains_head)
+            with random_states_kept():  # loading draws numbers for weights that the files may lack
+                other = load_causal_lm(other, like=capture.root).requires_grad_(capture.trains_head)
         with capture.autocast_seen():
             return Reference.build(other, self.probes, self._cache_dir, self._hookpoints)
 
@@ -150,21 +153,32 @@ class Monitor:
         return self._last_step
 
     def is_due(self, step: int) -> bool:
-        """Whether `observe` would look at this step: the schedule says so, and it was not read yet."""
-        return step > self._last_step and self.schedule(step)
+        """Whether `observe` would look at this step: the schedule says so, and it is not the one read last.
 
-    def observe(self, model: nn.Module, step: int) -> list[Reading]:
-        """Look if something is due, else do nothing. Returns the new readings."""
-        return self.read(model, step) if self.is_due(step) else []
+        An earlier step is read again: a run that goes on from an older checkpoint takes the place of what came after.
+        """
+        return step != self._last_step and self.schedule(step)
 
-    def read(self, model: nn.Module, step: int) -> list[Reading]:
+    def observe(self, model: nn.Module, step: int, **progress: float | Tensor) -> list[Reading]:
+        """Look if something is due, else do nothing. Returns the new readings.
+
+        What the loop says of its progress (`loss=loss, lr=...`: numbers, or tensors of one) is kept beside the
+        readings of the same step, as readings of a sensor "progress" in the unit in which it was given.
+        """
+        self._require_progress(progress)
+        return self.read(model, step, **progress) if self.is_due(step) else []
+
+    def read(self, model: nn.Module, step: int, **progress: float | Tensor) -> list[Reading]:
         """Look now. Leaves no trace on the model."""
+        self._require_progress(progress)
         if self._seen is None or self._seen[0] is not model:
             self.attach(model)
         assert self._seen is not None and self.reference is not None
         findings = self._look(self._seen[1], self.reference, step)
-        self._last_step = max(self._last_step, step)
-        self._num_readings += 1
+        if progress:
+            told = [_progress_reading(step, name, value, self._bank) for name, value in progress.items()]
+            findings = replace(findings, readings=(*findings.readings, *told))
+        self._last_step = step
         self.readings = list(findings.readings)
         self._hand_on(findings)
         return list(self.readings)
@@ -172,19 +186,18 @@ class Monitor:
     def _look(self, capture: Capture, reference: Reference, step: int) -> Findings:
         found: list[Findings] = []
         with leave_no_trace(capture.root):
-            folds: dict[str, Fold] = {}
+            folds: dict[str, Fold] | None = None
             try:
                 for piece in capture.pieces(reference.plan):
-                    if not folds:
-                        head = capture.head()
-                        folds = self._opened(reference, head)
+                    if folds is None:  # and not once more where all have failed: they would see a part only
+                        folds = self._opened(reference, capture.head())
                     for name in list(folds):
                         if not self._contained(name, partial(folds[name].update, piece)):
                             del folds[name]
             except Exception as error:  # noqa: BLE001 - whatever the model raises, the run goes on
                 self._count("forward pass", error)
                 folds = {}
-            for name, fold in folds.items():
+            for name, fold in (folds or {}).items():
                 self._contained(name, partial(_finish_into, found, fold, step))
         return Findings(
             step=step,
@@ -192,6 +205,15 @@ class Monitor:
             token_shifts=tuple(replace(shift, bank=self._bank) for each in found for shift in each.token_shifts),
             tensors={name: tensor for each in found for name, tensor in each.tensors.items()},
         )
+
+    def _require_progress(self, progress: Mapping[str, float | Tensor]) -> None:
+        """Raise unless each is a number under a name of its own. Does not look at its value, which may be on a GPU."""
+        for name, value in progress.items():
+            if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.numel() == 1):
+                told = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                raise ConfigError(f"observe was given {name}={told}, expected a number, or a tensor of one.")
+            if any(name in sensor.metrics for sensor in self.sensors):
+                raise ConfigError(f"observe was given {name!r}, which is a metric's name. Give it another one.")
 
     def _opened(self, reference: Reference, head: OutputHead) -> dict[str, Fold]:
         folds: dict[str, Fold] = {}
@@ -231,7 +253,6 @@ class Monitor:
             "reference": fingerprint,
             "probes": self.probes.fingerprint,
             "last_step": self._last_step,
-            "num_readings": self._num_readings,
             "failures": dict(self.failures),
         }
 
@@ -243,7 +264,7 @@ class Monitor:
                 f"{self.probes.fingerprint[:12]}. Use the same probes (and tokenizer), or begin a new run."
             )
         self._fingerprint = state["reference"]
-        self._last_step, self._num_readings = state["last_step"], state["num_readings"]
+        self._last_step = state["last_step"]
         self.failures = dict(state["failures"])
         self._resume = True
 
@@ -306,6 +327,26 @@ def _open_into(folds: dict[str, Fold], sensor: Sensor, reference: Reference, hea
 
 def _finish_into(found: list[Findings], fold: Fold, step: int) -> None:
     found.append(fold.finish(step))
+
+
+def _progress_reading(step: int, name: str, value: float | Tensor, bank: str) -> Reading:
+    number = float(value.detach() if isinstance(value, Tensor) else value)
+    return Reading(step=step, sensor="progress", metric=name, value=number, unit="as given", bank=bank)
+
+
+def _require_readable(sensors: Sequence[Sensor], reference: Reference, capture: Capture) -> None:
+    """Raise where a sensor would read numbers that mean nothing, or none at all."""
+    if not capture.gives_distribution and any(isinstance(sensor, Outputs) for sensor in sensors):
+        raise ConfigError(
+            f"{type(capture.root).__name__} gives no distribution over classes: it gives one value (of which a softmax "
+            "is always 1), or its configuration says that it is a regressor or labels independently. Its outputs would "
+            "read as unmoved, or mean nothing. Read its activations: sensors=['activations'], with the last layer "
+            "among the hookpoints for how far its answers moved."
+        )
+    if not reference.hookpoints and all(isinstance(sensor, Activations) for sensor in sensors):
+        raise ConfigError(
+            "Only activations are to be read, and there is no hookpoint. Name some: hookpoints=['layer.name', ...]."
+        )
 
 
 def _require_same_probes(theirs: ProbeSet, ours: ProbeSet) -> None:

@@ -236,7 +236,8 @@ def _begin(path: Path, manifest: Mapping[str, object]) -> int:
     """Make a new record in `path`; returns how many writes it has: 0."""
     if (path / MANIFEST).exists():
         raise StorageError(
-            f"{path} holds a record already. Give this run another directory, or go on with that record: resume=True."
+            f"{path} holds a record already. Give this run another directory. To go on with that "
+            "record, resume the run from its checkpoint, or in a loop of your own give resume=True."
         )
     lines = {kind.name for kind in LINE_FILES}
     left = {LOCK, CHECKSUMS, CHECKSUMS + TEMPORARY, MANIFEST + TEMPORARY}  # by a run that was killed just here

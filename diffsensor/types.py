@@ -131,13 +131,14 @@ class Findings:
 class Batch:
     """One forward pass of the fixed batch plan.
 
-    `args` and `inputs` are what the model is called with. `index` picks the counted positions out of the
-    flattened leading dimensions of an output [rows, width, dim] (or [rows, classes]); they are the
-    positions `start` to `start + len(index)` of the plan.
+    `args` and `inputs` are what the model is called with. `leading` are the dimensions that an output has before
+    its last one: (rows, width) for an output [rows, width, dim], (rows,) for [rows, classes]. `index` picks the
+    counted positions out of them, flattened; they are the positions `start` to `start + len(index)` of the plan.
     """
 
     args: tuple[Tensor, ...] = ()
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    leading: tuple[int, ...]
     index: Int[Tensor, " pos"]
     start: int
 

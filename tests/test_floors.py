@@ -30,18 +30,24 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
             "statistics",
             "tokenizing",
         },
+        {"chats"},
         {"capture", "metrics", "probes"},
     ),
-    ({"actions", "reference", "rules", "sinks"},),
+    ({"actions", "probe_check", "reference", "rules", "sinks"},),
     ({"sensors"},),
     ({"lines"}, {"record"}, {"monitor"}),
-    ({"commands", "report"}, {"cli"}),
+    ({"commands", "probes_command", "report"}, {"cli"}),
 )
 ORDER = [step for floor in FLOORS for step in floor]
 
 # What the core needs everywhere, and what single modules may import because they exist for it.
 DEPENDENCIES = {"jaxtyping", "numpy", "safetensors", "torch"}
-EXTRAS = {"commands": {"typer"}, "loading": {"transformers"}, "report": {"jinja2", "matplotlib"}}
+EXTRAS = {
+    "commands": {"typer"},
+    "loading": {"transformers"},
+    "probes_command": {"rich", "typer"},
+    "report": {"jinja2", "matplotlib"},
+}
 
 # diffsensor_x may import x. What needs more says so here; only the demo, a program, puts several things together.
 FRAMEWORKS = {

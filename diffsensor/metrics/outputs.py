@@ -39,7 +39,8 @@ def jensen_shannon(tile: PairTile) -> Float[Tensor, " pos"]:
     In this form nothing large cancels: for small u, F is its series u^2 + u^4/6 + u^6/15 + u^8/28.
     """
     total = torch.add(tile.moved, tile.q, alpha=2)
-    u = tile.moved / total.clamp_min_(torch.finfo(total.dtype).tiny)
+    # Rounding may carry u past 1 where one of the two probabilities is next to nothing.
+    u = (tile.moved / total.clamp_min_(torch.finfo(total.dtype).tiny)).clamp_(-1, 1)
     square = u * u
     series = (((square / 28 + 1 / 15) * square).add_(1 / 6) * square).add_(1) * square
     if not bool(square.amax() < 0.01):

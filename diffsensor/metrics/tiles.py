@@ -15,6 +15,8 @@ from torch import Tensor
 from diffsensor.protocols import OutputHead
 from diffsensor.types import ReferenceRows
 
+#: Where the logits have moved together by more than this, they are moved back before they are compared.
+_MAX_COMMON_SHIFT = 1.0
 #: Beyond this the shift by the reference's partition function loses digits, and a row is computed the plain way.
 _MAX_LOG_RATIO = 60.0
 #: How many of the reference's probabilities are kept at each position. The others are at most 1 / (TOP_TOKENS + 1).
@@ -153,11 +155,23 @@ class OneHead:
         return OneHeadRow(log_sum, scale, mean_shifted, at_target.values.double(), flipped), weights
 
 
+class _TwoHeadsRow(NamedTuple):
+    """The sums of both heads at each position: S - 1, sum q d, sum q expm1(d) d, sum q expm1(d) log q."""
+
+    excess: Float[Tensor, " pos"]
+    mean_d: Float[Tensor, " pos"]
+    gain_d: Float[Tensor, " pos"]
+    gain_logq: Float[Tensor, " pos"]
+    at_target: Float[Tensor, " pos"]
+    flipped: Float[Tensor, " pos"]
+
+
 class TwoHeads:
     """Everything from both heads, in forms that do not cancel: exact down to a KL of 1e-8 in float32.
 
     With d = z_live - z_ref: S - 1 = sum q expm1(d), KL(q||p) = log1p(S - 1) - sum q d,
-    KL(p||q) = sum p d - log S, p - q = q (expm1(d) - (S - 1)) / S.
+    KL(p||q) = sum p d - log S, p - q = q (expm1(d) - (S - 1)) / S. None of them changes when d is shifted, but
+    they cancel where S is near 0: with d shifted by its mean, S = exp KL(q||p), which is at least 1.
     """
 
     def __init__(self, ref_head: OutputHead, live_head: OutputHead, device: torch.device) -> None:
@@ -182,6 +196,51 @@ class TwoHeads:
         """
         count = len(hidden)
         q, gain = self._q[:count], self._gain[:count]
+        shift = hidden.new_zeros(count, dtype=torch.float32)
+        found = self._pass_over(hidden, ref, shift, strata, logit_sums)
+        if not bool((found.excess.log1p().abs() < _MAX_COMMON_SHIFT).all()):
+            # Not by an infinite or unknown mean: such a row is computed the plain way.
+            shift = found.mean_d.nan_to_num(0.0, 0.0, 0.0).float()
+            found = self._pass_over(hidden, ref, shift, strata, None)
+        excess, mean_d = found.excess, found.mean_d
+        total = 1 + excess
+        log_ratio = excess.log1p()
+        mean_log_q = -ref.entropy
+        live_d = (mean_d + found.gain_d) / total
+        sums = {
+            "log_ratio": log_ratio + shift,
+            "kl_ref_live": log_ratio - mean_d,
+            "kl_live_ref": live_d - log_ratio,
+            "entropy_change": -(found.gain_logq - excess * mean_log_q) / total - live_d + log_ratio,
+            "nll_change": log_ratio - found.at_target.double(),
+        }
+        off = ~(log_ratio.abs() < _MAX_LOG_RATIO) | ~torch.stack([*sums.values()]).isfinite().all(0)
+        for row in off.nonzero()[:, 0].tolist():
+            self._plain_row(row, hidden, ref, sums, q, gain)
+            excess[row], total[row] = 0.0, 1.0
+        max_gain = hidden.new_full((count,), -torch.inf, dtype=torch.float32)
+        moved_mass = hidden.new_zeros(len(strata), self._live_head.vocab_size, dtype=torch.float32)
+        folded = {name: hidden.new_zeros(count, dtype=torch.float64) for name in folds}
+        scale, back = (1 / total).float()[:, None], (-excess / total).float()[:, None]
+        for start, stop in tiles(self._live_head.vocab_size, self.shape.columns):
+            moved = gain[:, start:stop].mul_(scale).addcmul_(q[:, start:stop], back)
+            max_gain = torch.maximum(max_gain, moved.amax(1))
+            torch.mm(strata.float(), moved, out=moved_mass[:, start:stop])
+            for name, fold in folds.items():
+                folded[name] += fold(PairTile(q=q[:, start:stop], moved=moved))
+        return Sums(**sums, top1_flip=found.flipped, max_gain=max_gain.double(), folds=folded), moved_mass
+
+    def _pass_over(
+        self,
+        hidden: Float[Tensor, "pos dim"],
+        ref: ReferenceRows,
+        shift: Float[Tensor, " pos"],
+        strata: Float[Tensor, "stratum pos"],
+        logit_sums: Float[Tensor, "stratum vocab"] | None,
+    ) -> "_TwoHeadsRow":
+        """One pass of both heads, with d less `shift`; leaves q and q expm1(d) in the buffers."""
+        count = len(hidden)
+        q, gain = self._q[:count], self._gain[:count]
         columns = self.shape.columns
         excess, mean_d, gain_d, gain_logq = hidden.new_zeros(4, count, dtype=torch.float64)
         largest = hidden.new_full((count,), -torch.inf, dtype=torch.float32)
@@ -194,43 +253,18 @@ class TwoHeads:
             at_top1.take(d, start, stop)
             d -= log_q
             log_q -= ref.log_partition[:, None]
-            at_target.take(d, start, stop)
             if logit_sums is not None:
                 logit_sums[:, start:stop] += strata @ d.double()
+            d -= shift[:, None]
+            at_target.take(d, start, stop)
             part = torch.exp(log_q, out=q[:, start:stop])
             more = torch.expm1(d, out=gain[:, start:stop]).mul_(part)
             mean_d += torch.linalg.vecdot(part, d)
             excess += more.sum(1)
             gain_d += torch.linalg.vecdot(more, d)
             gain_logq += torch.linalg.vecdot(more, log_q)
-        total = 1 + excess
-        log_ratio = excess.log1p()
-        mean_log_q = -ref.entropy
-        live_d = (mean_d + gain_d) / total
-        sums = {
-            "log_ratio": log_ratio,
-            "kl_ref_live": log_ratio - mean_d,
-            "kl_live_ref": live_d - log_ratio,
-            "entropy_change": -(gain_logq - excess * mean_log_q) / total - live_d + log_ratio,
-            "nll_change": log_ratio - at_target.values.double(),
-        }
-        off = ~(log_ratio.abs() < _MAX_LOG_RATIO) | ~torch.stack([*sums.values()]).isfinite().all(0)
-        for row in off.nonzero()[:, 0].tolist():
-            self._plain_row(row, hidden, ref, sums, q, gain)
-            excess[row], total[row] = 0.0, 1.0
-        max_gain = hidden.new_full((count,), -torch.inf, dtype=torch.float32)
-        moved_mass = hidden.new_zeros(len(strata), self._live_head.vocab_size, dtype=torch.float32)
-        folded = {name: hidden.new_zeros(count, dtype=torch.float64) for name in folds}
-        scale, back = (1 / total).float()[:, None], (-excess / total).float()[:, None]
-        for start, stop in tiles(self._live_head.vocab_size, columns):
-            moved = gain[:, start:stop].mul_(scale).addcmul_(q[:, start:stop], back)
-            max_gain = torch.maximum(max_gain, moved.amax(1))
-            torch.mm(strata.float(), moved, out=moved_mass[:, start:stop])
-            for name, fold in folds.items():
-                folded[name] += fold(PairTile(q=q[:, start:stop], moved=moved))
-        return Sums(
-            **sums, top1_flip=_flips(largest, at_top1.values), max_gain=max_gain.double(), folds=folded
-        ), moved_mass
+        flipped = _flips(largest, at_top1.values)
+        return _TwoHeadsRow(excess, mean_d, gain_d, gain_logq, at_target.values, flipped)
 
     def _plain_row(
         self,

@@ -139,4 +139,4 @@ class _Hookpoint:
 def _evenly_spaced(positions: Int[Tensor, " pos"], limit: int) -> Int[Tensor, " some"]:
     if len(positions) <= limit:
         return positions
-    return positions[torch.linspace(0, len(positions) - 1, limit).round().long()]
+    return positions[torch.linspace(0, len(positions) - 1, limit, dtype=torch.float64).round().long()]

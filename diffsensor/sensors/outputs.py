@@ -1,5 +1,6 @@
 """How far the model's next-token distributions have moved, and which tokens it prefers now."""
 
+import logging
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -24,6 +25,8 @@ from diffsensor.sensors.means import ProbeSums, grouped_readings, mean_readings,
 from diffsensor.sensors.tails import quantile, worst_mean
 from diffsensor.sensors.token_table import token_table
 from diffsensor.types import Cost, Findings, MetricInfo, Piece, Reading, TokenShift
+
+logger = logging.getLogger(__name__)
 
 
 class Outputs:
@@ -140,7 +143,17 @@ class OutputsFold:
         readings += self._mass_readings(moved, step)
         readings += self._gain_readings(values, hidden, step)
         shifts: tuple[TokenShift, ...] = ()
-        if all(values_of.isfinite().all() for values_of in values.values()):
+        not_numbers = ~torch.stack([*values.values()]).isfinite().all(0)
+        if bool(not_numbers.any()):
+            logger.warning(
+                "The live model's answers at step %d are not numbers (NaN or infinite) at %d of %d positions, first in "
+                "probe %r; its readings are NaN where they should be a number. Look at the loss and the learning rate.",
+                step,
+                int(not_numbers.sum()),
+                len(not_numbers),
+                reference.probes.names[int(reference.plan.probe[int(not_numbers.nonzero()[0])])],
+            )
+        else:
             with full_precision(hidden.device):
                 shifts = token_table(
                     reference=reference,

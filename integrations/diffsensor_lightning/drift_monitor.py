@@ -1,0 +1,301 @@
+"""The one callback: reads at optimizer steps, shows the readings to loggers, callbacks and the progress bar."""
+
+import difflib
+import logging
+import re
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffsensor import DiffSensorError, Monitor, ProbeSet, Reference, Schedule, Sensor, Sink, every
+
+try:
+    import lightning.pytorch as pl
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.utilities.seed import isolate_rng
+except ImportError as error:
+    raise ImportError("DriftMonitor needs Lightning: pip install 'diffsensor[lightning]'") from error
+
+_log = logging.getLogger(__name__)
+
+#: The reading that the progress bar shows, where it is read.
+HEADLINE = "kl_ref_live"
+
+
+class DriftMonitor(pl.Callback):
+    """Reads how far the model has moved from its reference, while it trains, and leaves no trace in the run.
+
+    The first reading is taken before the first update, then one every `every_n_train_steps` optimizer steps
+    (gradient accumulation counts as Lightning's `global_step` does), and one at the end of fit if the last step
+    was not read. Every logger gets every reading, at the step that was read whatever `log_every_n_steps` says.
+    `trainer.callback_metrics` always holds the latest ones, so `EarlyStopping(monitor="diffsensor/kl_ref_live")`
+    and `ModelCheckpoint(monitor="diffsensor/kl_ref_live")` work, also where they look between two readings.
+
+    A run resumed from a checkpoint compares with the reference that the first run stored, never with a new one.
+
+    Args:
+        probes: The probe set; or the path of a saved one; or the path of a .jsonl file with probes.
+        every_n_train_steps: Optimizer steps from one reading to the next. 50 where no schedule is given.
+        tokenizer: For a .jsonl file, or to decode a saved set: a tokenizer, or what
+            `transformers.AutoTokenizer.from_pretrained` takes.
+        sensors: "light", "full", or a list of sensors.
+        reference: What to compare with: a reference, a model, or a model's directory or name. The model as it is
+            before the first update where none is given.
+        record: The directory of the run's record. "auto" is `diffsensor` inside the first logger's `log_dir`, and
+            no record where no logger has one. None writes no record.
+        hookpoints: "auto" (at most 8 evenly spaced blocks), or names or globs of sub-modules.
+        cache_dir: Where references are kept. The user's cache directory where none is given.
+        model_path: The causal LM's path inside the module, such as "model", where it is not unique.
+        log_text: Whether text of probes may be written to the record.
+        schedule: Says at which steps to look, instead of `every_n_train_steps`; such as `diffsensor.log_spaced()`.
+        sinks: Where else to write what is found.
+        bank: Tells several DriftMonitors of one trainer apart: in readings and log keys (`.../bank=<bank>`), in
+            checkpoints, and in the name of the automatic record (`diffsensor-<bank>`).
+
+    Raises:
+        MisconfigurationException: An argument means nothing here; the message names what would.
+    """
+
+    def __init__(
+        self,
+        probes: ProbeSet | str | Path,
+        every_n_train_steps: int | None = None,
+        *,
+        tokenizer: str | Callable[..., Any] | None = None,
+        sensors: str | Sequence[str | Sensor] = "light",
+        reference: Reference | torch.nn.Module | str | Path | None = None,
+        record: str | Path | None = "auto",
+        hookpoints: str | Sequence[str] = "auto",
+        cache_dir: str | Path | None = None,
+        model_path: str | None = None,
+        log_text: bool = True,
+        schedule: Schedule | None = None,
+        sinks: Sequence[Sink] = (),
+        bank: str = "fixed",
+    ) -> None:
+        super().__init__()
+        allowed = re.sub(r"[^\w.-]+", "_", bank) or "fixed"
+        if bank != allowed:
+            raise MisconfigurationException(
+                f"DriftMonitor was given bank={bank!r}. It becomes part of log keys and of a directory: "
+                f"use letters, digits, '_', '-' and '.', such as {allowed!r}."
+            )
+        self._suffix = "" if bank == "fixed" else f"-{bank}"
+        self._record = record
+        try:
+            self._arguments: dict[str, Any] = {
+                "probes": _probes(probes, tokenizer),
+                "reference": reference,
+                "sensors": sensors if isinstance(sensors, str) else list(sensors),
+                "schedule": _schedule(every_n_train_steps, schedule),
+                "sinks": tuple(sinks),
+                "hookpoints": hookpoints if isinstance(hookpoints, str) else list(hookpoints),
+                "cache_dir": cache_dir,
+                "log_text": log_text,
+                "model_path": model_path,
+                "bank": bank,
+            }
+            # Its arguments are checked when it is made; made again at each fit, when the record's place is known.
+            Monitor(**self._arguments)
+        except DiffSensorError as error:
+            raise MisconfigurationException(f"DriftMonitor: {error}") from error
+        self._monitor: Monitor | None = None
+        self._trainer: weakref.ref[pl.Trainer] | None = None
+        self._is_shown = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._latest: dict[str, float] = {}
+        self._seen = -1  # the last optimizer step at which it was asked whether to read
+        self._read = -1  # the last one that was read
+        self._stored: dict[str, Any] = {}  # the monitor's state while there is no monitor
+
+    @property
+    def state_key(self) -> str:
+        # Of the bank alone: if other arguments were part of it, a run resumed with changed arguments would
+        # not find its state and would take the trained model for the reference, instead of being refused.
+        return type(self).__qualname__ + self._suffix
+
+    def state_dict(self) -> dict[str, Any]:
+        monitor = self._monitor.state_dict() if self._monitor is not None else self._stored
+        if not monitor:
+            return {}
+        return {"monitor": monitor, "read": self._read, "latest": dict(self._latest)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not state_dict:
+            return
+        self._stored = state_dict["monitor"]
+        self._seen = self._read = state_dict["read"]
+        self._latest = dict(state_dict["latest"])
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        _require_one_process(trainer)
+        # `fit` of the same trainer goes on where it was. Another trainer is another run, and what goes on there is
+        # in its checkpoint, which is loaded after this.
+        if self._trainer is None or self._trainer() is not trainer:
+            self._forget()
+        self._trainer = weakref.ref(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not earlier: only now the module is on its device, in its precision, and restored from its checkpoint.
+        step = trainer.global_step
+        goes_on = bool(self._stored)
+        if step > 0 and not goes_on and self._arguments["reference"] is None:
+            _log.warning(
+                "DriftMonitor starts at step %d and the checkpoint holds no state of it, so the model as it is "
+                "now becomes the reference. To compare with another model, give its directory: reference=...",
+                step,
+            )
+        self._is_shown = False
+        record = _record_directory(self._record, trainer, f"diffsensor{self._suffix}")
+        monitor = self._monitor = Monitor(**self._arguments, record=record)
+        if goes_on:
+            monitor.load_state_dict(self._stored)
+        # The precision plugin's context is the one in which training_step runs; hooks run outside of it.
+        # Where a model is loaded for its answers, that may draw random numbers.
+        with isolate_rng(), trainer.precision_plugin.forward_context():
+            monitor.attach(pl_module)
+        if goes_on:
+            trainer.callback_metrics.update(_as_tensors(self._latest, pl_module))
+            self._look_if_due(trainer, pl_module)
+        else:
+            self._look(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Fires at each micro-batch, while global_step counts optimizer steps.
+        if self._look_if_due(trainer, pl_module) or not self._is_shown:
+            self._show_in_progress_bar(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._monitor is not None and trainer.global_step > self._read:
+            self._look(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._close()
+
+    def _look_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Reads if a step that went by since the last call is due, and says whether it did."""
+        monitor, step = self._monitor, trainer.global_step
+        if monitor is None:
+            return False
+        # With several optimizers global_step moves by more than one, and could step over every due step.
+        due = any(monitor.is_due(passed) for passed in range(self._seen + 1, step + 1))
+        self._seen = step
+        if due:
+            self._look(trainer, pl_module)
+        return due
+
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._monitor is not None
+        step = trainer.global_step
+        with trainer.precision_plugin.forward_context():
+            readings = self._monitor.read(pl_module, step)
+        self._seen = self._read = step
+        values = {reading.key: reading.value for reading in readings}
+        self._latest.update(values)
+        if not values:
+            return
+        for logger in trainer.loggers:
+            logger.log_metrics({key.replace("/", logger.group_separator): v for key, v in values.items()}, step=step)
+            logger.save()
+        # Not `pl_module.log`: Lightning goes through all that was logged at each batch (1 ms a batch for 300 keys),
+        # and refuses it in on_train_start and on_train_end.
+        trainer.callback_metrics.update(_as_tensors(values, pl_module))
+
+    def _show_in_progress_bar(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """One number only: `log` is the way into the progress bar, and each one costs time at each batch."""
+        headlines = [key for key in self._latest if key.startswith(f"diffsensor/{HEADLINE}")] or list(self._latest)
+        if headlines and not trainer.barebones:
+            key = min(headlines, key=len)
+            pl_module.log(key, self._latest[key], prog_bar=True, logger=False, on_step=True, on_epoch=False)
+        self._is_shown = True
+
+    def _close(self) -> None:
+        if self._monitor is not None:
+            # Checkpoints may be saved after fit.
+            self._stored = self._monitor.state_dict()
+            self._monitor.close()
+            self._monitor = None
+
+
+def _as_tensors(values: Mapping[str, float], pl_module: pl.LightningModule) -> dict[str, torch.Tensor]:
+    """As Lightning's own: float32, on the device; not views of one tensor, or a checkpoint would hold all of it."""
+    return {key: torch.tensor(value, dtype=torch.float32, device=pl_module.device) for key, value in values.items()}
+
+
+def _require_one_process(trainer: pl.Trainer) -> None:
+    """The only place that assumes a single process; the rest reads the unwrapped module."""
+    if trainer.world_size > 1:
+        raise MisconfigurationException(
+            f"DriftMonitor was given a run of {trainer.world_size} processes "
+            f"({type(trainer.strategy).__name__}). It reads in runs of one process only, so far: use devices=1, or "
+            "take DriftMonitor out of the callbacks."
+        )
+
+
+def _record_directory(record: str | Path | None, trainer: pl.Trainer, name: str) -> Path | None:
+    if record is None:
+        return None
+    if record != "auto":
+        return Path(record)
+    # Not trainer.log_dir: without loggers that is the working directory, and for some a place shared by all runs.
+    for logger in trainer.loggers:
+        if logger.log_dir is not None:
+            return Path(logger.log_dir) / name
+    return None
+
+
+def _schedule(every_n_train_steps: int | None, schedule: Schedule | None) -> Schedule:
+    if schedule is None:
+        return every(50 if every_n_train_steps is None else every_n_train_steps)
+    if every_n_train_steps is not None:
+        raise MisconfigurationException(
+            f"DriftMonitor was given every_n_train_steps={every_n_train_steps!r} and schedule={schedule!r}. "
+            "Both say when to look: give one of them."
+        )
+    if not callable(schedule):
+        raise MisconfigurationException(
+            f"DriftMonitor was given schedule={schedule!r}, which is no function of the step. "
+            "Give one that is, such as diffsensor.every(50)."
+        )
+    return schedule
+
+
+def _probes(probes: ProbeSet | str | Path, tokenizer: Any) -> ProbeSet:
+    if isinstance(probes, ProbeSet):
+        if tokenizer is not None:
+            raise MisconfigurationException(
+                "DriftMonitor was given a probe set and a tokenizer. A probe set is tokenised already: leave out one."
+            )
+        return probes
+    path = Path(probes)
+    if not path.exists():
+        near = sorted(found.name for found in path.parent.glob("*")) if path.parent.is_dir() else []
+        raise MisconfigurationException(
+            f"DriftMonitor was given probes={str(probes)!r}, where nothing is. {_closest(path.name, near)}"
+            "Give a .jsonl file, the directory of a saved probe set, or a ProbeSet."
+        )
+    if path.is_dir():
+        return ProbeSet.load(path, tokenizer)
+    if tokenizer is None:
+        raise MisconfigurationException(
+            f"DriftMonitor was given probes={str(probes)!r} and no tokenizer. "
+            "Give tokenizer=<the directory or the name of the model's tokenizer>."
+        )
+    return ProbeSet.from_jsonl(path, tokenizer)
+
+
+def _closest(given: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(given, known, n=1)
+    return f"Did you mean {close[0]!r}? " if close else ""
