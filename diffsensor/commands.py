@@ -1,7 +1,7 @@
-"""The commands of the command line, found through the entry points "diffsensor.commands".
+"""The commands of the command line: our own, and those found through the entry points "diffsensor.commands".
 
-A command is a function for typer. Where a package that it needs is missing, the extra named like the command
-brings it: `pip install 'diffsensor[demo]'`.
+A command is a function for typer, or a group of them (a `typer.Typer`). Where a package that it needs is missing,
+the extra named like the command brings it: `pip install 'diffsensor[demo]'`.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from importlib.metadata import EntryPoint, entry_points, version
 import typer
 
 GROUP = "diffsensor.commands"
+BUILT_IN = (EntryPoint("probes", "diffsensor.probes_command:app", GROUP),)
 
 
 def application(arguments: Sequence[str]) -> typer.Typer:
@@ -31,7 +32,7 @@ def application(arguments: Sequence[str]) -> typer.Typer:
     ) -> None:
         """See, while a language model is fine-tuned, how far and in which way it has moved from its reference."""
 
-    found = {entry.name: entry for entry in entry_points(group=GROUP)}
+    found = {entry.name: entry for entry in (*entry_points(group=GROUP), *BUILT_IN)}
     first = next((word for word in arguments if not word.startswith("-")), "")
     # A command may take seconds to load, so the others are left alone.
     for name in [first] if first in found else sorted(found):
@@ -61,7 +62,10 @@ def _add(app: typer.Typer, entry: EntryPoint) -> None:
             context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
         )(missing)
     else:
-        app.command(entry.name)(command)
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=entry.name)
+        else:
+            app.command(entry.name)(command)
 
 
 def _is_ours(error: ModuleNotFoundError, entry: EntryPoint) -> bool:

@@ -1,18 +1,20 @@
-"""Loading a Hugging Face model from a directory or by its name: the one module of the core that needs transformers."""
+"""Loading a Hugging Face model or tokenizer by directory or name: the only module that needs transformers."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffsensor.errors import CaptureError, ConfigError
+from diffsensor.errors import CaptureError, ConfigError, ProbeError
 
 try:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 except ImportError as error:
     raise ConfigError(
-        "A model was given by its directory, and loading it needs transformers: pip install 'diffsensor[transformers]'"
+        "A model or tokenizer was given by its directory or name, and loading it needs transformers: "
+        "pip install 'diffsensor[transformers]'"
     ) from error
 
 
@@ -38,5 +40,29 @@ def load_causal_lm(where: str | os.PathLike[str], like: nn.Module | None = None)
     return model.eval()
 
 
+def load_tokenizer(where: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a directory that `save_pretrained` wrote, or of a name on the hub. Its own code is never run.
+
+    Raises `ProbeError` where there is none.
+    """
+    expected = (
+        "Expected a directory with tokenizer files (tokenizer.json, tokenizer_config.json), as save_pretrained writes "
+        "them, or the name of a model on a hub that can be reached."
+    )
+    if isinstance(where, os.PathLike) and not Path(where).is_dir():
+        raise ProbeError(f"No directory is at {os.fspath(where)!r}, where a tokenizer was to be loaded. {expected}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except Exception as error:
+        # Anything can be wrong with foreign files, and tokenizers itself says so with a plain Exception.
+        raise ProbeError(
+            f"No tokenizer could be loaded from {os.fspath(where)!r} ({_first_line(error)}). {expected}"
+        ) from error
+    # Of a directory that has the model alone, some classes make a tokenizer without a vocabulary and say nothing.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.added_tokens_encoder):
+        raise ProbeError(f"The tokenizer at {os.fspath(where)!r} has no vocabulary but special tokens. {expected}")
+    return tokenizer
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")

@@ -78,7 +78,7 @@ def plan_tokens(
             inputs["position_ids"] = position_ids
         if not causal:
             inputs["attention_mask"] = attention_mask
-        batches.append(Batch(inputs=inputs, index=torch.cat(index), start=start))
+        batches.append(Batch(inputs=inputs, leading=(len(stack), width), index=torch.cat(index), start=start))
         start += len(batches[-1].index)
     return Plan(
         batches=tuple(batches),
@@ -96,17 +96,20 @@ def plan_dense(
 
     Without a mask each probe is one position. Nothing here has a next token, so each target is -1.
     """
+    by_position = mask is not None
     mask = torch.ones(num_probes, 1, dtype=torch.bool) if mask is None else mask
     probe, offset = mask.nonzero(as_tuple=True)
     batches: list[Batch] = []
     at = 0
     for first in range(0, num_probes, DENSE_BATCH):
         rows = slice(first, first + DENSE_BATCH)
-        index = mask[rows].reshape(-1).nonzero()[:, 0]
+        marks = mask[rows]
+        index = marks.reshape(-1).nonzero()[:, 0]
         batches.append(
             Batch(
                 args=tuple(value[rows] for value in args),
                 inputs={name: value[rows] for name, value in inputs.items()},
+                leading=tuple(marks.shape) if by_position else (len(marks),),
                 index=index,
                 start=at,
             )

@@ -5,10 +5,14 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import random
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from importlib import resources
+from itertools import islice
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import safetensors.torch
 import torch
@@ -16,18 +20,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from diffsensor.atomic import stage
+from diffsensor.chats import encode_chat
 from diffsensor.checked_json import json_bytes, read_json
 from diffsensor.errors import ConfigError, CorruptFileError, ProbeError, StorageError, listed
 from diffsensor.plan import plan_dense, plan_tokens
-from diffsensor.probe_lines import ProbeLine, parse_lines, quoted, require_text
+from diffsensor.probe_lines import ProbeLine, parse_lines, parse_rows, quoted, require_text
 from diffsensor.tokenizing import Encoded, Tokenizer, encode_completion, encode_text, fingerprint_of, private_copy
-from diffsensor.types import ALL_PROBES, Plan, require_group_name
+from diffsensor.types import ALL_PROBES, Batch, Plan, require_group_name
 
 log = logging.getLogger(__name__)
 
 TENSORS_FILE = "probes.safetensors"
 RECORD_FILE = "probes.json"
 _FORMAT = "diffsensor probes 1"
+_DEFAULT_FILE = "default_probes.jsonl"
+
+#: A tokenizer, or the directory or name from which transformers loads it.
+AnyTokenizer = Tokenizer | str | os.PathLike[str]
 
 
 @final
@@ -35,9 +44,11 @@ _FORMAT = "diffsensor probes 1"
 class ProbeSet:
     """Fixed inputs for a model, with the positions that count.
 
-    Built by `from_texts`, `from_jsonl`, `from_tensors` or `load`. Probes are either text (`is_text`), kept as
-    token ids, or dense: tensors that the model is called with. A counted position of a text is one whose next
-    token is a counted token of the probe. Equal contents have equal fingerprints, in every process.
+    Built by `default`, `from_texts`, `from_jsonl`, `from_dataset`, `from_tensors` or `load`, of which each takes a
+    tokenizer itself, or the directory or name from which transformers loads it. Probes are either text
+    (`is_text`), kept as token ids, or dense: tensors that the model is called with. A counted position of a text
+    is one whose next token is a counted token of the probe. Equal contents have equal fingerprints, in every
+    process.
     """
 
     names: tuple[str, ...]
@@ -84,7 +95,7 @@ class ProbeSet:
     def from_texts(
         cls,
         texts: Sequence[str],
-        tokenizer: Tokenizer,
+        tokenizer: AnyTokenizer,
         groups: Sequence[str | None] | None = None,
         max_length: int = 128,
         *,
@@ -114,8 +125,8 @@ class ProbeSet:
         return cls._from_encoded(encoded, tokenizer_copy, names, groups, weights, max_length)
 
     @classmethod
-    def from_jsonl(cls, path: str | os.PathLike[str], tokenizer: Tokenizer, max_length: int = 128) -> "ProbeSet":
-        """One probe for each line: {"text"} or {"prompt", "completion"}, with optional "id", "group", "weight".
+    def from_jsonl(cls, path: str | os.PathLike[str], tokenizer: AnyTokenizer, max_length: int = 128) -> "ProbeSet":
+        """One probe for each line: {"text"}, {"prompt", "completion"} or {"messages"}; "id", "group", "weight" may be.
 
         Of a text all tokens but the first are counted, of a prompt with its completion only the completion's.
         Both are tokenised as one text, as TRL does: one BOS, no EOS in the middle, no word broken at the border.
@@ -123,30 +134,56 @@ class ProbeSet:
         character is the first one counted. What is too long loses the beginning of its prompt (not its BOS), and
         if that is not enough the end of its completion. Blank lines are skipped. The name of a probe is its id,
         or its number from 0 on.
+
+        "messages" is a chat: [{"role", "content"}, ...], written by the tokenizer's chat template. What the
+        assistant says is counted, in every turn, with the mark that ends the turn. A template that writes today's
+        date into its text is warned about.
         """
-        tokenizer_copy = _copied(tokenizer, max_length)
-        lines: list[ProbeLine] = []
-        encoded: list[Encoded] = []
-        for line in parse_lines(_read(Path(path), ProbeError), os.fspath(path)):
-            lines.append(line)
-            encoded.append(
-                _not_bare(
-                    encode_text(tokenizer_copy, line.text, max_length)
-                    if line.prompt is None
-                    else encode_completion(tokenizer_copy, line.prompt, line.text, max_length),
-                    line.where,
-                )
+        source = os.fspath(path)
+        return cls._from_lines(parse_lines(_read(Path(path), ProbeError), source), tokenizer, max_length, source)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Iterable[Any],
+        tokenizer: AnyTokenizer,
+        max_length: int = 128,
+        *,
+        limit: int | None = None,
+        seed: int = 0,
+    ) -> "ProbeSet":
+        """One probe for each row of a Hugging Face dataset, or for each of any other records, as for `from_jsonl`.
+
+        **Arguments:**
+            limit: at most so many rows, drawn with the seed where the number of rows is known. Of a stream, which
+                may have no end, the first ones.
+
+        The name of a probe is its id, or the number of its row in the dataset.
+        """
+        source = f"The {type(dataset).__name__}"
+        rows = _chosen(dataset, limit, seed, source)
+        return cls._from_lines(parse_rows(rows, source), tokenizer, max_length, source)
+
+    @classmethod
+    def default(cls, tokenizer: AnyTokenizer, max_length: int = 128) -> "ProbeSet":
+        """The probes that come with diffsensor: 128 short English ones in 8 groups of 16, for any tokenizer.
+
+        The groups: knowledge, arithmetic, reasoning, code, instructions, refusal (of harmful requests), opinions,
+        free_text. Two of each group are long, the others of about a sentence or two.
+        """
+        contents = resources.files("diffsensor").joinpath(_DEFAULT_FILE).read_bytes()
+        source = f"diffsensor's {_DEFAULT_FILE}"
+        probes = cls._from_lines(parse_lines(contents, source), tokenizer, max_length, source)
+        unknown = getattr(probes._tokenizer, "unk_token_id", None)
+        if unknown is not None and (num_unknown := sum(int((ids == unknown).sum()) for ids in probes._tokens)):
+            total = sum(map(len, probes._tokens))
+            log.warning(
+                "The tokenizer has no token for parts of the default probes: %d of %d tokens are unknown ones. "
+                "Readings are exact, but of a text with holes; probes of your own may fit this model better.",
+                num_unknown,
+                total,
             )
-        if not lines:
-            raise ProbeError(f'{os.fspath(path)} holds no record. Give at least one line such as {{"text": "..."}}.')
-        return cls._from_encoded(
-            encoded,
-            tokenizer_copy,
-            [line.name for line in lines],
-            [line.group for line in lines],
-            [line.weight for line in lines],
-            max_length,
-        )
+        return probes
 
     @classmethod
     def from_tensors(
@@ -157,24 +194,33 @@ class ProbeSet:
         *,
         names: Sequence[str] | None = None,
         weights: Sequence[float] | Tensor | None = None,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: AnyTokenizer | None = None,
+        text: bool = True,
     ) -> "ProbeSet":
         """One probe for each row of the tensors; they are copied.
 
-        A 2-D tensor of integers, or a mapping with "input_ids", is text: `mask` [probe, pos] marks the counted
-        tokens, by default all. A token without a predecessor (pos 0) gives no position even where it is marked.
-        Rows of different length are padded at the right, and "attention_mask" says so.
+        A 2-D tensor of integers, or a mapping with "input_ids", is text for a causal language model, unless
+        `text=False`: `mask` [probe, pos] marks the counted tokens, by default all. A token without a predecessor
+        (pos 0) gives no position even where it is marked. Rows of different length are padded at the right, and
+        "attention_mask" says so.
 
-        Anything else is dense: the model is called with the tensor, the tuple's or the mapping's tensors. (A
-        table of integers that is no text: give it in a tuple.) For outputs [batch, classes], `mask` is [probe] or
-        None; probes that it does not mark are left out. For outputs [batch, pos, classes], `mask` [probe, pos] is
-        needed, because the number of positions is not known before the model runs.
+        Anything else is dense: the model is called with the tensor, with the tuple's tensors by place or the
+        mapping's by name. (A table of integers that is no text: give it in a tuple.) So are texts for an encoder or
+        a classifier, with `text=False`: whatever its tokenizer returned, padding too. For outputs [batch, classes],
+        `mask` is [probe] or None; probes that it does not mark are left out. For outputs [batch, pos, classes],
+        `mask` [probe, pos] is needed, because the number of positions is not known before the model runs.
+
+        Outputs are read as logits of one softmax over classes: drift is in nats per position, there is no
+        `nll_change` (nothing is the right answer), and the "tokens" of the token table are classes, by number. That
+        means nothing for a regressor, nor where each label has a sigmoid of its own: read activations alone there,
+        `Monitor(..., sensors=["activations"])`, which at the last layer say how far the answers moved. A model of
+        one output value is refused otherwise; one of several looks like a classifier, and only you can tell.
         """
-        if isinstance(inputs, Tensor) and _is_integer(inputs) and inputs.ndim == 2:
+        if text and isinstance(inputs, Tensor) and _is_integer(inputs) and inputs.ndim == 2:
             inputs = {"input_ids": inputs}
-        fingerprint = fingerprint_of(tokenizer)
-        tokenizer_copy = None if tokenizer is None else private_copy(tokenizer)
-        if isinstance(inputs, Mapping) and "input_ids" in inputs:
+        tokenizer_copy = None if tokenizer is None else _own(tokenizer)
+        fingerprint = fingerprint_of(tokenizer_copy)
+        if text and isinstance(inputs, Mapping) and "input_ids" in inputs:
             ids = _rows({str(key): value for key, value in inputs.items()})["input_ids"]
             names = _names(names, len(ids))
             tokens = _unpadded(dict(inputs), names)
@@ -192,6 +238,11 @@ class ProbeSet:
         args = (inputs,) if isinstance(inputs, Tensor) else inputs if isinstance(inputs, tuple) else ()
         named = inputs if isinstance(inputs, Mapping) else {}
         rows = _rows({**{f"tensor {place}": value for place, value in enumerate(args)}, **named})
+        if "labels" in rows:
+            raise ProbeError(
+                "The inputs have 'labels', which are no input: a probe is what the model is asked, not the answer. "
+                "Leave them out."
+            )
         num_probes = len(next(iter(rows.values())))
         names = _names(names, num_probes)
         all_groups = _groups(groups, num_probes)
@@ -215,6 +266,29 @@ class ProbeSet:
             _mask=marks,
             tokenizer_fingerprint=fingerprint,
             _tokenizer=tokenizer_copy,
+        )
+
+    @classmethod
+    def _from_lines(
+        cls, parsed: Iterable[ProbeLine], tokenizer: AnyTokenizer, max_length: int, source: str
+    ) -> "ProbeSet":
+        tokenizer_copy = _copied(tokenizer, max_length)
+        lines: list[ProbeLine] = []
+        encoded: list[Encoded] = []
+        for line in parsed:
+            lines.append(line)
+            encoded.append(encode_line(tokenizer_copy, line, max_length))
+        if not lines:
+            raise ProbeError(f'{source} holds no record. Give at least one such as {{"text": "..."}}.')
+        if date := next((one.date for one in encoded if one.date), ""):
+            warnings.warn(told_of_date(date), stacklevel=3)
+        return cls._from_encoded(
+            encoded,
+            tokenizer_copy,
+            [line.name for line in lines],
+            [line.group for line in lines],
+            [line.weight for line in lines],
+            max_length,
         )
 
     @classmethod
@@ -281,6 +355,16 @@ class ProbeSet:
         if self._tokenizer is None:
             return "".join(f"⟨{number}⟩" for number in numbers)
         return str(self._tokenizer.decode(numbers))
+
+    def first(self) -> Batch:
+        """The first probe alone, a text cut to 32 tokens: enough to try a model out."""
+        if self.is_text:
+            ids = self._tokens[0][:32].clone()
+            return Batch(inputs={"input_ids": ids[None]}, leading=(1, len(ids)), index=torch.arange(len(ids)), start=0)
+        marks = None if self._mask is None else self._mask[:1]
+        return plan_dense(
+            [value[:1] for value in self._args], {name: value[:1] for name, value in self._inputs.items()}, marks, 1
+        ).batches[0]
 
     def plan(self, packed: bool, *, row_tokens: int = 256, batch_tokens: int = 1024, causal: bool = True) -> Plan:
         """What is run together; for dense probes the arguments change nothing. See `diffsensor.plan`."""
@@ -367,8 +451,9 @@ class ProbeSet:
         _write(Path(path), {TENSORS_FILE: tensors, RECORD_FILE: json_bytes("probes", content)})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> "ProbeSet":
+    def load(cls, path: str | os.PathLike[str], tokenizer: AnyTokenizer | None = None) -> "ProbeSet":
         """The probes that `save` wrote there, every byte checked; with a tokenizer, that it is the same one."""
+        tokenizer_copy = None if tokenizer is None else _own(tokenizer)
         folder = Path(path)
         record = read_json(folder / RECORD_FILE)
         stored = _read(folder / TENSORS_FILE, CorruptFileError)
@@ -388,12 +473,12 @@ class ProbeSet:
             _args=tuple(tensors[f"args.{place}"] for place in range(record["num_args"])),
             _inputs=inputs,
             _mask=tensors.get("mask"),
-            _tokenizer=None if tokenizer is None else private_copy(tokenizer),
+            _tokenizer=tokenizer_copy,
         )
         if probes.fingerprint != record["fingerprint"]:
             raise _corrupt(folder, "the contents do not have the fingerprint that is stored with them")
-        if tokenizer is not None:
-            probes.check_tokenizer(tokenizer)
+        if tokenizer_copy is not None:
+            probes.check_tokenizer(tokenizer_copy)
         return probes
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -411,10 +496,69 @@ class ProbeSet:
         return tensors
 
 
-def _copied(tokenizer: Tokenizer, max_length: int) -> Tokenizer:
+def encode_line(tokenizer: Tokenizer, line: ProbeLine, max_length: int) -> Encoded:
+    """One record as token ids, of which at least one is counted and has a predecessor."""
+    try:
+        if line.messages:
+            encoded = encode_chat(tokenizer, line.messages, max_length)
+        elif line.prompt is None:
+            encoded = encode_text(tokenizer, line.text, max_length)
+        else:
+            encoded = encode_completion(tokenizer, line.prompt, line.text, max_length)
+    except ProbeError as error:
+        raise ProbeError(f"{line.where}{error}") from error.__cause__
+    return _not_bare(encoded, line.where)
+
+
+def told_of_date(date: str) -> str:
+    return (
+        f"The tokenizer's chat template writes today's date ({date}) into the probes, so that the same records give "
+        "other tokens on another day, which do not fit a reference of today. Tokenise them once: save this probe set "
+        "with probes.save(directory), and give ProbeSet.load(directory) to later and resumed runs."
+    )
+
+
+def _copied(tokenizer: AnyTokenizer, max_length: int) -> Tokenizer:
     if max_length < 2:
         raise ConfigError(f"max_length={max_length} was given; a probe needs at least 2 tokens to have a next one.")
+    return _own(tokenizer)
+
+
+def _own(tokenizer: AnyTokenizer) -> Tokenizer:
+    """A tokenizer that nobody else has: a copy of the one given, or newly loaded from where it was said to be."""
+    if isinstance(tokenizer, str | os.PathLike):
+        from diffsensor.loading import load_tokenizer
+
+        return private_copy(load_tokenizer(tokenizer))
+    if not callable(tokenizer):
+        raise ProbeError(
+            f"The tokenizer is {quoted(tokenizer)}; expected one of Hugging Face, or the directory or name of one."
+        )
     return private_copy(tokenizer)
+
+
+def _chosen(dataset: Any, limit: int | None, seed: int, source: str) -> Iterator[tuple[int, object]]:
+    """Rows of a dataset with their numbers, in their order."""
+    if isinstance(dataset, str | bytes | os.PathLike):
+        raise ProbeError(
+            f"The dataset is {quoted(dataset)}. Give the records themselves, such as datasets.load_dataset(...), or "
+            "read a file of them with ProbeSet.from_jsonl."
+        )
+    if isinstance(dataset, Mapping):
+        raise ProbeError(
+            f"{source} is a mapping of {listed(map(repr, dataset))}, not a sequence of records. Give one split of it, "
+            "such as dataset['train'], or a list of records."
+        )
+    if limit is None:
+        return enumerate(dataset)
+    if limit < 1:
+        raise ConfigError(f"limit={limit} was given; expected at least 1, or None for all rows.")
+    if not isinstance(dataset, Sized) or getattr(dataset, "__getitem__", None) is None:
+        log.info("A stream was given as the dataset: its first %d rows are taken, and the seed plays no part.", limit)
+        return islice(enumerate(dataset), limit)
+    numbers = random.Random(seed).sample(range(len(dataset)), min(limit, len(dataset)))
+    rows: Any = dataset
+    return ((number, rows[number]) for number in sorted(numbers))
 
 
 def _not_bare(encoded: Encoded, where: str) -> Encoded:
@@ -523,7 +667,9 @@ def _unpadded(inputs: dict[str, Tensor], names: Sequence[str]) -> tuple[Int[Tens
                 "with padding_side='right'."
             )
         if length and int(row[:length].min()) < 0:
-            raise ProbeError(f"Probe {name!r} has the token id {int(row[:length].min())}; ids are 0 or more.")
+            raise ProbeError(
+                f"Probe {name!r} has the token id {int(row[:length].min())}; ids are 0 or more (labels have -100)."
+            )
         tokens.append(row[:length].clone())
     return tuple(tokens)
 

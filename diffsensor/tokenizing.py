@@ -26,11 +26,15 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
-    """The token ids of one probe, which of them are counted, and how many more there were."""
+    """The token ids of one probe, which of them are counted, and how many more there were.
+
+    `date` is today's date as a chat template wrote it into the text, "" where none did.
+    """
 
     ids: list[int]
     counted: list[bool]
     num_cut: int = 0
+    date: str = ""
 
 
 def private_copy(tokenizer: Tokenizer) -> Tokenizer:
@@ -88,16 +92,40 @@ def encode_completion(tokenizer: Tokenizer, prompt: str, completion: str, max_le
             "cannot be told from the prompt. Tokenise it yourself and use ProbeSet.from_tensors with a mask."
         )
     border = lead + _length_of_prompt(tokenizer, prompt, completion, plain)
-    head, middle, end = ids[:lead], ids[lead:border], ids[border:]
-    room = max_length - len(head) - len(end)
-    if room < len(middle):
-        # One token before the completion stays whatever happens: the completion's first token needs a predecessor.
-        left = max(room, 0 if head else 1)
-        middle = middle[max(len(middle) - left, 0) :]
-        end = end[: max(max_length - len(head) - len(middle), 0)]
-    kept = head + middle + end
-    counted = [place >= len(head) + len(middle) for place in range(len(kept))]
-    return Encoded(ids=kept, counted=counted, num_cut=len(ids) - len(kept))
+    return fit(ids, [place >= border for place in range(len(ids))], lead, max_length)
+
+
+def fit(ids: Sequence[int], counted: Sequence[bool], lead: int, max_length: int) -> Encoded:
+    """Cut to `max_length`: first what comes before the first counted token, but not the first `lead`, then the end."""
+    border = next((place for place, counts in enumerate(counted) if counts), len(counted))
+    room = max_length - lead - (len(ids) - border)
+    kept = list(range(lead, border))
+    if room < len(kept):
+        # One token before the first counted one stays whatever happens: it needs a predecessor.
+        left = max(room, 0 if lead else 1)
+        kept = kept[max(len(kept) - left, 0) :]
+    kept = [*range(lead), *kept, *range(border, len(ids))][:max_length]
+    return Encoded(
+        ids=[ids[place] for place in kept], counted=[counted[place] for place in kept], num_cut=len(ids) - len(kept)
+    )
+
+
+def marks_of(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+    """The token ids of a text, nothing added to it, and which of them hold a character of one of the spans."""
+    if getattr(tokenizer, "is_fast", False):
+        out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        places = out["offset_mapping"]
+        counted = [any(stop > first and start < last for first, last in spans) for start, stop in places]
+        return [int(number) for number in out["input_ids"]], counted
+    ids = _ids(tokenizer, text, special=False)
+    counted = [False] * len(ids)
+    for first, last in spans:
+        start, _ = _shared(tokenizer, text[:first], ids)
+        stop, is_whole = _shared(tokenizer, text[:last], ids)
+        # A token that crosses the end holds characters of the span.
+        stop = min(stop + (not is_whole), len(ids))
+        counted[start:stop] = [True] * (stop - start)
+    return ids, counted
 
 
 def _ids(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:
@@ -111,12 +139,18 @@ def _place_of(part: Sequence[int], whole: Sequence[int]) -> int | None:
 
 def _length_of_prompt(tokenizer: Any, prompt: str, completion: str, plain: Sequence[int]) -> int:
     """How many tokens of the whole text come before the completion's first one."""
-    alone = _ids(tokenizer, prompt, special=False)
-    shared = 0
-    while shared < min(len(alone), len(plain)) and alone[shared] == plain[shared]:
-        shared += 1
-    if shared < len(alone) and getattr(tokenizer, "is_fast", False):
+    shared, is_whole = _shared(tokenizer, prompt, plain)
+    if not is_whole and getattr(tokenizer, "is_fast", False):
         # Merged across the border: only the tokens' places in the text tell which of them are still all prompt.
         places = tokenizer(prompt + completion, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         return next((token for token, (_, stop) in enumerate(places) if stop > len(prompt)), len(plain))
     return shared
+
+
+def _shared(tokenizer: Any, beginning: str, plain: Sequence[int]) -> tuple[int, bool]:
+    """How many tokens a text shares with its beginning alone, and whether these are all tokens of the beginning."""
+    alone = _ids(tokenizer, beginning, special=False)
+    shared = 0
+    while shared < min(len(alone), len(plain)) and alone[shared] == plain[shared]:
+        shared += 1
+    return shared, shared == len(alone)

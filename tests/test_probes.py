@@ -1,72 +1,37 @@
 """Fixed inputs: what is counted, what is refused, what is kept, and that the tokenizer does not notice."""
 
+import contextlib
 import copy
+import itertools
 import json
 import logging
 import re
+import shutil
+import sqlite3
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, processors
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import diffsensor
 from diffsensor import protocols
 from diffsensor.checked_json import json_bytes, read_json
-from diffsensor.errors import CorruptFileError, DiffSensorError, ProbeError, StorageError
+from diffsensor.errors import ConfigError, CorruptFileError, DiffSensorError, ProbeError, StorageError
 from diffsensor.plan import DENSE_BATCH
 from diffsensor.probes import ProbeSet
 from diffsensor.types import Plan
-
-CORPUS = [
-    "Question: how far is the moon? Answer: very far indeed, says the astronomer.",
-    "the unbelievable answer: able, unable, table, tables and stables were believable",
-    "Naïve café — ⟨angles⟩ and snow ☃ in the garden of forking paths",
-] * 5
-
-
-def bpe(vocab_size: int = 400, bos: bool = True, eos: bool = False, **kwargs: Any) -> PreTrainedTokenizerFast:
-    """A byte-level BPE like that of Llama 3, learnt on the spot."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<bos>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(CORPUS, trainer)
-    single = ("<bos> " if bos else "") + "$A" + (" <eos>" if eos else "")
-    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<bos>", 0), ("<eos>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", **kwargs)
-
-
-def space_marking() -> PreTrainedTokenizerFast:
-    """One that puts a space marker before every text, as that of Llama 2 does."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    backend.decoder = decoders.Metaspace(prepend_scheme="always")
-    backend.train_from_iterator(CORPUS, trainers.BpeTrainer(special_tokens=["<s>", "<unk>"], show_progress=False))
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>")
-
-
-class Letters:
-    """A tokenizer without anything but what is needed: a letter is a token."""
-
-    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [1] * add_special_tokens + [ord(letter) for letter in text]}
-
-    def decode(self, ids: Sequence[int], /) -> str:
-        return "".join(map(chr, ids))
+from tiny_tokenizers import CORPUS, Letters, bpe, space_marking, words
 
 
 @pytest.fixture(scope="module")
@@ -450,7 +415,8 @@ def test_without_bos_one_token_of_the_prompt_stays_before_a_long_completion(tmp_
         ('{"id": 3}', "has none of the keys"),
         ('{"text": "ab", "completion": "c"}', "has 'text', 'completion' of the keys"),
         ('{"text": "ab", "gruop": "x"}', "No key is named 'gruop'. Did you mean 'group'"),
-        ('{"messages": [{"role": "user", "content": "hi"}]}', 'chats are not read yet.*"prompt"'),
+        ('{"messages": [{"role": "user", "content": "hi"}]}', "no message is the assistant's"),
+        ('{"text": "ab", "messages": []}', "has 'text', 'messages' of the keys"),
         ('{"text": ""}', "text is '', an empty string"),
         ('{"prompt": "a", "completion": ""}', "completion is '', an empty string"),
         ('{"text": 5}', "text is 5; expected a string"),
@@ -491,6 +457,223 @@ def test_a_file_without_records_is_refused(tmp_path: Path, contents: bytes | Non
         path.write_bytes(contents)
     with pytest.raises(ProbeError, match=re.escape(str(path))):
         ProbeSet.from_jsonl(path, Letters())
+
+
+# Rows of a dataset
+
+
+ROWS = [
+    {"text": "the moon"},
+    {"prompt": "the garden", "completion": " is very far", "group": "far", "weight": 2.0},
+    {"text": "snow in the garden", "id": "snow"},
+]
+
+
+def test_a_dataset_gives_the_probes_of_the_same_records_in_a_file(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    expected = ProbeSet.from_jsonl(lines(tmp_path / "probes.jsonl", *ROWS), tokenizer)
+    # A table has a value in each column of each row: None where a record has nothing.
+    columns = ("text", "prompt", "completion", "id", "group", "weight")
+    table = datasets.Dataset.from_dict({name: [row.get(name) for row in ROWS] for name in columns})
+    for rows in (ROWS, tuple(ROWS), iter(ROWS), table, table.to_iterable_dataset()):
+        probes = ProbeSet.from_dataset(rows, tokenizer)
+        assert probes.fingerprint == expected.fingerprint
+    assert expected.names == ("0", "1", "snow")
+
+
+def test_a_limit_draws_rows_with_the_seed_and_keeps_their_order_and_numbers() -> None:
+    rows = [{"text": f"row {number}"} for number in range(100)]
+    table = datasets.Dataset.from_list(rows)
+    probes = ProbeSet.from_dataset(table, Letters(), limit=10)
+    numbers = [int(name) for name in probes.names]
+    assert numbers == sorted(numbers)
+    assert numbers != list(range(10))
+    assert [probes.decode(probes.tokens_of(at).tolist()[1:]) for at in range(10)] == [
+        f"row {number}" for number in numbers
+    ]
+    assert ProbeSet.from_dataset(rows, Letters(), limit=10).fingerprint == probes.fingerprint
+    assert ProbeSet.from_dataset(rows, Letters(), limit=10, seed=1).names != probes.names
+    assert len(ProbeSet.from_dataset(rows, Letters(), limit=1000)) == 100
+
+
+def test_of_a_stream_without_end_the_first_rows_are_taken() -> None:
+    stream = ({"text": f"row {number}"} for number in itertools.count())
+    assert ProbeSet.from_dataset(stream, Letters(), limit=3).names == ("0", "1", "2")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "told"),
+    [
+        ([], "holds no record"),
+        ([{"text": "ab"}, {"text": ""}], "row 1: text is ''"),
+        ([{"text": "ab"}, "cd"], "row 1: 'cd' is not a record"),
+        ([{"text": "ab", "id": "x"}, {"text": "cd", "id": "x"}], "row 1: the id 'x' is taken by row 0"),
+        ([{"text": "ab", "source": "web"}], r"row 0: No key is named 'source'.*select_columns"),
+        ([{"question": "ab", "answer": "c"}], r"row 0: No key is named 'question'.*rename_column"),
+        ([{"text": None}], "row 0: the record has none of the keys"),
+        ({"train": [], "test": []}, r"a mapping of 'train', 'test'.*dataset\['train'\]"),
+        ("probes.jsonl", "ProbeSet.from_jsonl"),
+        (Path("probes.jsonl"), "ProbeSet.from_jsonl"),
+    ],
+)
+def test_rows_that_cannot_be_probes_are_refused_by_number(unchecked: None, dataset: Any, told: str) -> None:
+    with pytest.raises(ProbeError, match=told):
+        ProbeSet.from_dataset(dataset, Letters())
+
+
+@pytest.mark.parametrize("limit", [0, -3])
+def test_a_limit_of_no_rows_is_refused(limit: int) -> None:
+    with pytest.raises(DiffSensorError, match=f"limit={limit}"):
+        ProbeSet.from_dataset(ROWS, Letters(), limit=limit)
+
+
+# A tokenizer by its directory or name
+
+
+def test_each_constructor_loads_a_tokenizer_from_its_directory(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    where = tmp_path / "tokenizer"
+    tokenizer.save_pretrained(where)
+    file = lines(tmp_path / "probes.jsonl", *ROWS)
+    made: list[Callable[[Any], ProbeSet]] = [
+        lambda given: ProbeSet.from_texts(CORPUS[:2], given),
+        lambda given: ProbeSet.from_jsonl(file, given),
+        lambda given: ProbeSet.from_dataset(ROWS, given),
+        lambda given: ProbeSet.from_tensors(torch.tensor([[5, 6, 7]]), tokenizer=given),
+        lambda given: ProbeSet.default(given),
+    ]
+    for make in made:
+        expected = make(tokenizer)
+        for place in (where, str(where)):
+            probes = make(place)
+            assert probes.fingerprint == expected.fingerprint
+            assert probes.tokenizer_fingerprint
+            assert probes.decode([5, 6, 7]) == tokenizer.decode([5, 6, 7])
+    expected.save(tmp_path / "saved")
+    assert ProbeSet.load(tmp_path / "saved", where).decode([5, 6]) == tokenizer.decode([5, 6])
+
+
+def no_tokenizer(folder: Path, kind: str) -> Path:
+    folder.mkdir()
+    if kind == "broken":
+        (folder / "tokenizer.json").write_text("{nope")
+    elif kind == "model alone":
+        (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    elif kind == "other tokenizer.json":
+        (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Unheard"}}')
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["empty", "broken", "model alone", "other tokenizer.json"])
+def test_a_directory_without_a_tokenizer_is_refused_in_a_sentence(tmp_path: Path, kind: str) -> None:
+    folder = no_tokenizer(tmp_path / "model", kind)
+    with pytest.raises(ProbeError, match=rf"okenizer .*{re.escape(repr(str(folder)))}.*tokenizer\.json, tok"):
+        ProbeSet.from_texts(["ab"], folder)
+
+
+@pytest.mark.parametrize("where", [Path("no-such-folder"), "no-such-name"])
+def test_a_tokenizer_that_is_nowhere_is_refused_in_a_sentence(where: str | Path) -> None:
+    with pytest.raises(ProbeError, match=r"'no-such-.*Expected a directory"):
+        ProbeSet.from_texts(["ab"], where)
+
+
+@pytest.mark.parametrize("tokenizer", [None, 7])
+def test_what_is_no_tokenizer_is_refused(unchecked: None, tokenizer: Any) -> None:
+    with pytest.raises(ProbeError, match=f"The tokenizer is {tokenizer}; expected one of Hugging Face"):
+        ProbeSet.from_texts(["ab"], tokenizer)
+
+
+def test_a_tokenizer_by_name_without_transformers_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "diffsensor.loading", raising=False)
+    monkeypatch.delattr(diffsensor, "loading", raising=False)
+    with pytest.raises(ConfigError, match=r"tokenizer was given by .*pip install 'diffsensor\[transformers\]'"):
+        ProbeSet.default("some-model")
+
+
+# The probes that come with us
+
+
+DEFAULT = [
+    json.loads(line)
+    for line in (Path(diffsensor.__file__).parent / "default_probes.jsonl").read_text(encoding="utf-8").splitlines()
+]
+
+
+def test_the_default_probes_are_128_in_8_groups_of_16(caplog: pytest.LogCaptureFixture) -> None:
+    probes = ProbeSet.default(bpe(), max_length=1000)
+    assert (len(probes), probes.num_truncated) == (128, 0)
+    groups = ["knowledge", "arithmetic", "reasoning", "code", "instructions", "refusal", "opinions", "free_text"]
+    assert Counter(probes.groups) == dict.fromkeys(groups, 16)
+    assert probes.group_names == tuple(groups)
+    assert not caplog.records
+
+
+def test_the_default_probes_are_short_ones_and_two_long_ones_of_each_group() -> None:
+    # A tokenizer for English makes about one token of 4 letters; 16 to 64 tokens for the short ones, 128 at most.
+    for record in DEFAULT:
+        length = len(record.get("text", "") + record.get("prompt", "") + record.get("completion", ""))
+        is_long = int(record["id"].rsplit("-", 1)[1]) > 14
+        assert 320 <= length <= 530 if is_long else 60 <= length <= 250, record["id"]
+    assert len({json.dumps([record.get("text"), record.get("prompt")]) for record in DEFAULT}) == 128
+
+
+def test_the_default_probes_ask_for_more_than_a_word() -> None:
+    for record in DEFAULT:
+        assert len(record.get("completion", record.get("text", ""))) >= 14, record["id"]
+        # A completion goes on where its prompt ends: with a space, or on a new line.
+        if "prompt" in record:
+            assert (record["prompt"][-1] == "\n") != (record["completion"][0] == " ") or record["group"] == "code"
+
+
+@pytest.mark.parametrize("record", [one for one in DEFAULT if one["group"] == "code"], ids=lambda one: str(one["id"]))
+def test_code_of_the_default_probes_runs(record: dict[str, str], tmp_path: Path) -> None:
+    source = record.get("text") or record["prompt"] + record["completion"]
+    language = record["id"].split("-")[1]
+    if language == "python":
+        subprocess.run([sys.executable, "-c", source], check=True, capture_output=True)
+    elif language == "sql":
+        with contextlib.closing(sqlite3.connect(":memory:")) as database:
+            database.execute("CREATE TABLE staff (city, salary)")
+            database.executemany("INSERT INTO staff VALUES (?, ?)", [("Oslo", 1), ("Oslo", 3), ("Rome", 0)])
+            assert database.execute(source).fetchall() in ([(2.0,)], [("Oslo", 2)])
+    else:
+        program = shutil.which({"bash": "bash", "javascript": "node"}[language])
+        if program is None:
+            pytest.skip(f"no {language} here")
+        subprocess.run([program, "-"], input=source, text=True, check=True, capture_output=True, cwd=tmp_path)
+
+
+def test_sums_of_the_default_probes_are_right() -> None:
+    checked = 0
+    for record in DEFAULT:
+        text = record.get("text", "") + record.get("completion", "")
+        # 6 x 7 = 42, 40 / 8 = 5, 1 + 2 + 3 = 6; not what belongs to a letter, a fraction or a longer sum.
+        number = r"\d+(?:\.\d+)?"
+        for left, right in re.findall(
+            rf"(?<![-+\w/.])(?<![-+] )({number}(?: [-+x/] {number})+) = ({number})(?![\d/])", text
+        ):
+            assert eval(left.replace("x", "*")) == pytest.approx(float(right)), (record["id"], left)
+            checked += 1
+    assert checked >= 10
+
+
+@pytest.mark.parametrize("max_length", [16, 64, 128])
+def test_any_tokenizer_takes_the_default_probes(max_length: int) -> None:
+    for tokenizer in (Letters(), bpe(bos=False), space_marking()):
+        probes = ProbeSet.default(tokenizer, max_length)
+        assert len(probes) == 128
+        assert max(len(probes.tokens_of(probe)) for probe in range(128)) <= max_length
+
+
+def test_tokens_that_a_tokenizer_does_not_know_are_noted_in_the_default_probes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ProbeSet.default(words("the", "a", "is", "User", "Assistant"))
+    (record,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert re.search(r"\d+ of \d+ tokens are unknown", record.getMessage())
 
 
 # Tensors
