@@ -128,6 +128,7 @@ class Capture:
     def __init__(self, model: nn.Module, hookpoints: str | Sequence[str] = "auto", path: str | None = None) -> None:
         self.root = find_model(model, path)
         _require_one_device(self.root)
+        _refuse_virtual_tokens(self.root)
         self._head_module = _output_embeddings(self.root)
         self.is_causal_lm = self._head_module is not None
         self.modules = resolve_hookpoints(self.root, hookpoints, self._head_module)
@@ -358,7 +359,7 @@ class Capture:
     def _run(self, inputs: Mapping[str, Tensor], args: tuple[Tensor, ...], *, cut: bool) -> tuple[Tensor, object]:
         """One forward pass; returns what the head got, and the model's output.
 
-        With `cut`, the head is handed one position instead of all, so that the model itself never makes
+        With `cut`, the head is handed no position at all, so that the model itself never makes
         logits for the others: tokens x vocabulary numbers that nobody reads.
         """
         if inputs.keys() == {"input_ids"} and (self._head_module is None or not _accepts(self.root, "input_ids")):
@@ -372,7 +373,7 @@ class Capture:
         def take(_module: nn.Module, head_args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             got.append(head_args[0])
             self._width, self._autocast = head_args[0].shape[-1], _autocast_now(self.device)
-            return (head_args[0][..., :1, :], *head_args[1:]) if cut else None
+            return (head_args[0][..., :0, :], *head_args[1:]) if cut else None
 
         handle = self._head_module.register_forward_pre_hook(take)
         # Packed rows and constant memory need it, but not every module that has a head knows the word.
@@ -418,6 +419,15 @@ def _require_one_device(root: nn.Module) -> None:
             f"{type(root).__name__} is spread over the devices {', '.join(places)}, as device_map='auto' does. "
             "Readings need the whole model on one device: load it without device_map, or with device_map={'': 0}."
         )
+
+
+def _refuse_virtual_tokens(root: nn.Module) -> None:
+    for name, config in getattr(root, "peft_config", {}).items():
+        if getattr(config, "is_prompt_learning", False):
+            raise CaptureError(
+                f"The adapter {name!r} ({type(config).__name__}) puts virtual tokens before every text, and readings "
+                "would be of other positions than the probes'. Expected adapters on weights, such as LoRA."
+            )
 
 
 def _output_embeddings(module: nn.Module) -> nn.Module | None:
@@ -473,7 +483,10 @@ def _evenly_spaced_blocks(root: nn.Module, head: nn.Module | None) -> dict[str, 
         blocks = [
             (part, block)
             for part, block in blocks
-            if _num_weights(block) and all(module is not head for module in block.modules())
+            # Embeddings of places, which are the same for all probes, have no output for each of them.
+            if _num_weights(block)
+            and not isinstance(block, nn.Embedding)
+            and all(module is not head for module in block.modules())
         ]
     count = min(AUTO_HOOKPOINTS, len(blocks))
     places = sorted({round(i * (len(blocks) - 1) / max(count - 1, 1)) for i in range(count)})

@@ -63,6 +63,15 @@ class SwitchesAdapter(Protocol):
     def disable_adapter(self) -> AbstractContextManager[object]: ...
 
 
+@runtime_checkable
+class TakesAdapters(Protocol):
+    """A model that can take adapters into itself, as those of transformers do by `add_adapter`."""
+
+    def disable_adapters(self) -> None: ...
+
+    def enable_adapters(self) -> None: ...
+
+
 def cache_directory() -> Path:
     """Where references are kept: $DIFFSENSOR_CACHE, else `diffsensor` in the user's cache directory."""
     if chosen := os.environ.get("DIFFSENSOR_CACHE"):
@@ -218,10 +227,12 @@ class Reference:
         return isinstance(live_head, LinearHead) and live_head.checksum() == self._head["checksum"]
 
     def head_beside(self, live_head: OutputHead) -> OutputHead:
+        if isinstance(live_head, GivenLogits):
+            return live_head
+        if not self.head_trains and self.shares_head(live_head):
+            return live_head
         if self._stored_head is not None:
             return self._stored_head
-        if isinstance(live_head, GivenLogits) or self.shares_head(live_head):
-            return live_head
         raise ReferenceMismatchError(
             "The model's output head has changed, but it was frozen when the reference was built, so that the "
             f"reference's own head ({self._head['vocab_size']} tokens) was not kept. Build the reference "
@@ -266,17 +277,35 @@ def require_fitting(probes: ProbeSet, capture: Capture) -> None:
 @contextlib.contextmanager
 def adapter_off(root: nn.Module, *, leave_on: bool = False) -> Iterator[None]:
     """The model without its adapters, where it has any that can be switched off."""
-    if leave_on or not isinstance(root, SwitchesAdapter):
-        yield
-        return
+    if leave_on:
+        off: AbstractContextManager[object] = contextlib.nullcontext()
+    elif isinstance(root, SwitchesAdapter):
+        off = root.disable_adapter()
+    elif isinstance(root, TakesAdapters) and getattr(root, "peft_config", None):
+        off = _taken_in_adapters_off(root)
+    else:
+        off = contextlib.nullcontext()
     # Switching back on makes adapter parameters trainable that the user had frozen.
     trainable = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
     try:
-        with root.disable_adapter():
+        with off:
             yield
     finally:
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def _taken_in_adapters_off(root: TakesAdapters) -> Iterator[None]:
+    assert isinstance(root, nn.Module)
+    if any(getattr(module, "disable_adapters", None) is True for module in root.modules()):
+        yield  # they are off already, and stay so
+        return
+    root.disable_adapters()
+    try:
+        yield
+    finally:
+        root.enable_adapters()
 
 
 def _refuse_changed_base(root: nn.Module) -> None:

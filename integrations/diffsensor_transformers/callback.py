@@ -1,6 +1,5 @@
 """The one callback: reads at optimizer steps and shows the readings where the trainer shows its loss."""
 
-import copy
 import logging
 import re
 import sys
@@ -8,17 +7,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import nn
 
-from diffsensor import ConfigError, Monitor, ProbeSet, Reading, Reference, Schedule, Sensor, Sink, every
+from diffsensor import ConfigError, Monitor, ProbeSet, Reference, Schedule, Sensor, Sink, every
 
 try:
-    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import (
+        PrinterCallback,
+        ProgressCallback,
+        Trainer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
 except ImportError as error:
     raise ImportError("DriftMonitorCallback needs transformers: pip install 'diffsensor[transformers]'") from error
 
 logger = logging.getLogger(__name__)
+
+#: What writes logs to the terminal, where a line of eighty numbers helps nobody.
+_CONSOLE = (PrinterCallback, ProgressCallback)
+#: Who writes where. An error ends a run without a word to its callbacks, so that a record may still be open when the
+#: run goes on in the same process, as in a notebook.
+_writers: "WeakValueDictionary[Path, DriftMonitorCallback]" = WeakValueDictionary()
 
 
 class DriftMonitorCallback(TrainerCallback):
@@ -26,8 +40,9 @@ class DriftMonitorCallback(TrainerCallback):
 
     For `transformers.Trainer` and all that are built on it, such as TRL's SFT, DPO and GRPO trainers. The first
     reading is taken before the first update, then one every `every_n_steps` optimizer steps, and one at the end
-    if the last step was not read. Readings go to the trainer's own log (`log_history`, console, whatever
-    `report_to` names); those of single groups at single hookpoints, which are many, to the record alone.
+    if the last step was not read. Readings go to the trainer's own log: to `log_history` and whatever `report_to`
+    names, except those of single groups at single hookpoints, which are many and go to the record alone; to the
+    console, those of the outputs over all probes.
 
     With PEFT the reference is the model with its adapter off, asked once; no second model is ever held.
     Each checkpoint directory gets a small file of ours, and a run resumed from it compares with the reference
@@ -78,7 +93,8 @@ class DriftMonitorCallback(TrainerCallback):
             raise ConfigError(
                 f"bank={bank!r} becomes part of log keys and file names. Use letters, digits, '_', '-' and '.'."
             )
-        self._probes, self._bank, self._record = probes, bank, record
+        self._probes, self._bank = probes, bank
+        self._record = record if record is None or record == "auto" else Path(record)
         self._arguments: dict[str, Any] = {
             "probes": probes,
             "reference": reference,
@@ -99,6 +115,7 @@ class DriftMonitorCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.close()
         frame = _trainer_frame()
         self._trainer = frame.f_locals["self"]
         self._require_apart()
@@ -112,7 +129,12 @@ class DriftMonitorCallback(TrainerCallback):
         if tokenizer is not None and self._probes.is_text:
             self._probes.check_tokenizer(tokenizer)
         stored = self._stored_state(args, state, frame)
-        self._monitor = Monitor(**self._arguments, record=self._record_directory(args, goes_on=stored is not None))
+        record = self._record_directory(args, goes_on=stored is not None)
+        if record is not None:
+            if (left_open := _writers.get(record.resolve())) not in (None, self):
+                left_open.close()
+            _writers[record.resolve()] = self
+        self._monitor = Monitor(**self._arguments, record=record)
         if stored is not None:
             self._monitor.load(stored)
         elif state.global_step > 0 and self._arguments["reference"] is None:
@@ -124,11 +146,25 @@ class DriftMonitorCallback(TrainerCallback):
             )
         self._monitor.attach(kwargs["model"])
         self._read = -1 if stored is None else self._monitor.last_step
-        if self._read < 0 or self._monitor.is_due(state.global_step):
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # And not when training begins: the progress bar, which shows the logs, opens after us.
+        if self._monitor is not None and self._read < 0:
             self._look(kwargs["model"], state, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._monitor is not None and self._monitor.is_due(state.global_step):
+        if self._monitor is None:
+            return
+        if self._monitor.is_due(state.global_step) or (control.should_training_stop and state.global_step > self._read):
+            self._look(kwargs["model"], state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Where a callback after us has stopped the run.
+        if self._monitor is not None and control.should_training_stop and state.global_step > self._read:
             self._look(kwargs["model"], state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -143,9 +179,19 @@ class DriftMonitorCallback(TrainerCallback):
     ) -> None:
         if self._monitor is None:
             return
-        if state.global_step > self._read:
+        # Where the best checkpoint has been loaded by now, the model is no longer that of the last step.
+        is_last = not (args.load_best_model_at_end and state.best_model_checkpoint is not None)
+        if is_last and state.global_step > self._read:
             self._look(kwargs["model"], state, control)
-        self._monitor.close()
+        self.close()
+
+    def close(self) -> None:
+        """Close the record: for a run that an error ended, which tells its callbacks nothing.
+
+        Called for you when a run ends well, and when the next one that wants the same record begins.
+        """
+        if self._monitor is not None:
+            self._monitor.close()
         self._monitor = self._trainer = None
 
     @property
@@ -156,14 +202,26 @@ class DriftMonitorCallback(TrainerCallback):
         assert self._monitor is not None and self._trainer is not None
         readings = self._monitor.read(model, state.global_step)
         self._read = state.global_step
-        values = {reading.key: reading.value for reading in readings if _is_for_the_log(reading)}
+        values = {reading.key: reading.value for reading in readings if not (reading.group and reading.hookpoint)}
+        headlines = {
+            reading.key: reading.value for reading in readings if not (reading.group or reading.hookpoint)
+        } or values
         if not values:
             return
-        # Logging clears the flags that say what the trainer does after this step, its own logging among them.
-        flags = copy.copy(control.__dict__)
-        # Not the trainer's own `log`: TRL's flush what they have gathered since they logged last.
-        Trainer.log(self._trainer, values)
-        control.__dict__.update(flags)
+        handler, should_log = self._trainer.callback_handler, control.should_log
+        everybody = handler.callbacks
+        handler.callbacks = [callback for callback in everybody if not isinstance(callback, _CONSOLE)]
+        try:
+            # Not the trainer's own `log`: TRL's flush what they have gathered since they logged last.
+            Trainer.log(self._trainer, values)
+        finally:
+            handler.callbacks = everybody
+            # Logging clears it, and the trainer would forget to log the loss of this step.
+            control.should_log = should_log
+        for callback in everybody:
+            if isinstance(callback, _CONSOLE):
+                shown = {**headlines, "epoch": state.epoch}
+                callback.on_log(self._trainer.args, state, control, logs=shown)  # type: ignore[no-untyped-call]
 
     def _require_apart(self) -> None:
         assert self._trainer is not None
@@ -176,6 +234,11 @@ class DriftMonitorCallback(TrainerCallback):
             raise ConfigError(
                 f"Two DriftMonitorCallbacks of this trainer have the bank {self._bank!r}, and would overwrite each "
                 f"other's readings. Give each its own: DriftMonitorCallback(..., bank='{self._bank}2')."
+            )
+        if self._record not in (None, "auto") and any(other._record == self._record for other in others):
+            raise ConfigError(
+                f"Two DriftMonitorCallbacks of this trainer have the record {str(self._record)!r}, and would overwrite "
+                "each other's readings. Give each its own, or leave both out: 'auto' takes one for each bank."
             )
 
     def _stored_state(self, args: TrainingArguments, state: TrainerState, frame: FrameType) -> Path | None:
@@ -205,10 +268,6 @@ class DriftMonitorCallback(TrainerCallback):
 
 def _output_directory(args: TrainingArguments) -> Path:
     return Path(args.output_dir or ".")
-
-
-def _is_for_the_log(reading: Reading) -> bool:
-    return not (reading.group and reading.hookpoint)
 
 
 def _trainer_frame() -> FrameType:
