@@ -35,22 +35,25 @@ class LinearHead:
     def logits(
         self, hidden: Float[Tensor, "pos dim"], start: int, stop: int, out: Float[Tensor, "pos tile"] | None = None
     ) -> Float[Tensor, "pos tile"]:
-        weight = self.weight[start:stop]
-        low = weight.dtype in (torch.bfloat16, torch.float16)
-        if low and weight.is_cuda and hidden.dtype == weight.dtype:
-            tile = torch.mm(hidden, weight.T, out_dtype=torch.float32)
-        else:
-            tile = torch.mm(hidden.float(), weight.float().T, out=out)
+        tile = self.product(hidden, start, stop, out=out)
         if self.bias is not None:
-            tile += self.bias[start:stop].float()
-        if self.scale != 1.0:
-            tile *= self.scale
+            bias = self.bias[start:stop].float()
+            tile += bias if self.scale == 1.0 else bias * self.scale
         if self.softcap is not None:
             tile = tile.div_(self.softcap).tanh_().mul_(self.softcap)
-        if out is not None and tile is not out:
-            out.copy_(tile)
-            return out
         return tile
+
+    def product(
+        self, hidden: Float[Tensor, "pos dim"], start: int, stop: int, out: Float[Tensor, "pos tile"] | None = None
+    ) -> Float[Tensor, "pos tile"]:
+        """scale * W h alone: of the difference of two hidden states, the difference of their logits."""
+        weight = self.weight[start:stop]
+        if weight.is_cuda and hidden.dtype == weight.dtype and weight.dtype in (torch.bfloat16, torch.float16):
+            tile = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+            tile = tile if out is None else out.copy_(tile)
+        else:
+            tile = torch.mm(hidden.float(), weight.float().T, out=out)
+        return tile if self.scale == 1.0 else tile.mul_(self.scale)
 
     def mean_row(self, probabilities: Float[Tensor, "pos tile"], start: int, stop: int) -> Float[Tensor, "pos dim"]:
         """scale * sum_v p_v w_v over a tile of the vocabulary: its share of the expected unembedding."""
@@ -159,19 +162,18 @@ def _exact_products() -> Iterator[None]:
 
 
 def checksum(tensor: Tensor) -> str:
-    """64-bit sums of the tensor's words over rows and over columns, mixed with their places.
+    """A hash of 64-bit sums of the tensor's words over each row and over each column.
 
-    Runs where the tensor lies, at the speed of its memory, which a cryptographic hash does not. It tells
-    changed weights from unchanged ones; it is no defence against someone who wants a collision.
+    The sums are made where the tensor lies, at the speed of its memory, which a cryptographic hash of all of it
+    is not. It tells changed weights from unchanged ones; it is no defence against someone who wants a collision.
     """
     if tensor.numel() == 0:
         return digest(str(tuple(tensor.shape)), str(tensor.dtype))
     rows = tensor.detach().contiguous().reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
     words = _as_words(rows)
-    by_row = words.sum(1, dtype=torch.int64)
-    by_column = words.sum(0, dtype=torch.int64)
-    mixed = [str(int((sums * _odd_numbers(len(sums), sums.device)).sum())) for sums in (by_row, by_column)]
-    return digest(*mixed, str(tuple(tensor.shape)), str(tensor.dtype))
+    # Each sum by itself: added up with weights, the highest bits of two words would cancel.
+    sums = torch.cat([words.sum(1, dtype=torch.int64), words.sum(0, dtype=torch.int64)]).cpu()
+    return digest(hashlib.sha256(sums.numpy().tobytes()).hexdigest(), str(tuple(tensor.shape)), str(tensor.dtype))
 
 
 def digest(*parts: str) -> str:
@@ -182,13 +184,8 @@ def _as_words(rows: Tensor) -> Tensor:
     """The rows' bytes as the widest integers that fill a row exactly."""
     if rows.is_complex():
         rows = torch.view_as_real(rows).flatten(1)
-    sizes = (rows.shape[1] * rows.element_size(), rows.storage_offset() * rows.element_size())
+    row_bytes, offset = rows.shape[1] * rows.element_size(), rows.storage_offset() * rows.element_size()
     for dtype, size in ((torch.int64, 8), (torch.int32, 4), (torch.int16, 2)):
-        if all(number % size == 0 for number in sizes):
-            return rows.view(dtype)
+        if row_bytes % size == 0:
+            return (rows if offset % size == 0 else rows.clone()).view(dtype)
     return rows.view(torch.uint8)
-
-
-def _odd_numbers(count: int, device: torch.device) -> Int[Tensor, " count"]:
-    # A multiplicative (Weyl) sequence: odd, so that no factor is lost modulo 2**64, and all different.
-    return (torch.arange(count, device=device, dtype=torch.int64) * -7046029254386353131) | 1

@@ -15,7 +15,9 @@ os.environ.update(
 from jaxtyping import config, install_import_hook
 
 # Before anything of ours is imported: what is loaded already stays unchecked.
-install_import_hook(["diffsensor", "diffsensor_lightning", "diffsensor_transformers", "diffsensor_demo"], "type_checks.check")
+install_import_hook(
+    ["diffsensor", "diffsensor_lightning", "diffsensor_transformers", "diffsensor_demo"], "type_checks.check"
+)
 
 import random
 from collections.abc import Iterator

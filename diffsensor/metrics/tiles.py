@@ -5,13 +5,14 @@ No metric makes logits of its own, and no more than `TileShape.rows` tokens x vo
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from diffsensor.head import LinearHead
 from diffsensor.protocols import OutputHead
 from diffsensor.types import ReferenceRows
 
@@ -21,6 +22,8 @@ _MAX_COMMON_SHIFT = 1.0
 _MAX_LOG_RATIO = 60.0
 #: How many of the reference's probabilities are kept at each position. The others are at most 1 / (TOP_TOKENS + 1).
 TOP_TOKENS = 16
+#: Weights below this are near the end of float32, where they lose digits.
+_MIN_WEIGHT = 1e-30
 #: What rounding does to the KL of one position, at most.
 _KL_ROUNDING = 2e-6
 
@@ -34,7 +37,7 @@ class TileShape(NamedTuple):
 
 def tile_shape(device: torch.device) -> TileShape:
     """One shape for all passes: a product of other than the same shape may round otherwise, and 0 must be 0."""
-    return TileShape(rows=128, columns=4096) if device.type == "cpu" else TileShape(rows=1024, columns=16384)
+    return TileShape(rows=256, columns=2048) if device.type == "cpu" else TileShape(rows=1024, columns=16384)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +73,11 @@ class Sums:
     folds: Mapping[str, Float[Tensor, " pos"]] = field(default_factory=dict)
 
 
-class OneHeadRow(NamedTuple):
+class _LightRow(NamedTuple):
     """The sums of one head at each position, relative to a given log partition function, float64.
 
-    `scale` is what the weights that come with them are to be divided by, to be probabilities.
+    `scale` is what the weights that come with them are to be divided by, to be probabilities. `mean_d` is
+    sum q (z_live - z_ref), where both heads were run.
     """
 
     log_sum: Float[Tensor, " pos"]
@@ -81,81 +85,130 @@ class OneHeadRow(NamedTuple):
     mean_shifted: Float[Tensor, " pos"]
     at_target: Float[Tensor, " pos"]
     flipped: Float[Tensor, " pos"]
+    mean_d: Float[Tensor, " pos"]
 
 
-class OneHead:
-    """KL(q||p) and the rest from the live head alone, exact where the head is linear and the same for both.
+class LightPass:
+    """KL(q||p) and all else that the light cost class reads, from the live head and as little more as will do.
 
-    KL(q||p) = log Z(h) - log Z(h_ref) - g . (h - h_ref) with the cached g = sum_v q_v w_v: the reference's
-    logits are not needed. The cached log Z_ref also stands in for the running maximum of a stable softmax.
-    Its error is about 3e-8 nats in float32, whatever the KL (no better: log Z itself has it).
+    KL(q||p) = log Z(h) - log Z(h_ref) - sum_v q_v (z_v - z_v,ref). With a linear head that is the same for both,
+    the sum is g . (h - h_ref) with the cached g = sum_v q_v w_v, and the reference's logits are not needed;
+    otherwise `ref_head` is run beside. The cached log Z_ref also stands in for the running maximum of a
+    stable softmax. The error is about 3e-8 nats in float32, whatever the KL (no better: log Z itself has it).
     """
 
-    def __init__(self, head: OutputHead, device: torch.device) -> None:
-        self._head = head
+    def __init__(self, live_head: OutputHead, device: torch.device, ref_head: OutputHead | None = None) -> None:
+        self._live_head, self._ref_head = live_head, ref_head
         self.shape = tile_shape(device)
-        self._tile = _buffer(self.shape.rows, min(self.shape.columns, head.vocab_size), device=device)
-        self._weights = _buffer(self.shape.rows, head.vocab_size, device=device)
+        columns = min(self.shape.columns, live_head.vocab_size)
+        self._tiles = _buffer(1 if ref_head is None else 3, self.shape.rows, columns, device=device)
+        self._weights = _buffer(self.shape.rows, live_head.vocab_size, device=device)
 
     def compare(
-        self, hidden: Float[Tensor, "pos dim"], ref: ReferenceRows, strata: Float[Tensor, "stratum pos"]
+        self,
+        hidden: Float[Tensor, "pos dim"],
+        ref: ReferenceRows,
+        strata: Float[Tensor, "stratum pos"],
+        logit_sums: Float[Tensor, "stratum vocab"] | None = None,
     ) -> tuple[Sums, Float[Tensor, "stratum vocab"]]:
-        """The sums at these positions, and the live model's token mass in each stratum."""
-        assert ref.mean_unembedding is not None
-        sums, weights = self.pass_over(hidden, ref.log_partition, ref.target, ref.top[:, 0])
+        """The sums at these positions, and the live model's token mass in each stratum.
+
+        `logit_sums`, where given, takes up the sums of z_live - z_ref in each stratum (with both heads only).
+        """
+        sums, weights = self.pass_over(hidden, ref, strata, logit_sums)
         mass = token_mass(weights, sums.scale, strata)
         shift = hidden.double() - ref.hidden.double()
         log_ratio = sums.log_sum - ref.log_sum
-        kl = log_ratio - (ref.mean_unembedding.double() * shift).sum(1)
+        if self._ref_head is None:
+            assert ref.mean_unembedding is not None
+            mean_d = (ref.mean_unembedding.double() * shift).sum(1)
+        else:
+            mean_d = sums.mean_d / ref.log_sum.exp()
+        kl = log_ratio - mean_d
+        same = (shift == 0).all(1) & (sums.log_sum == ref.log_sum) & (kl == 0)
         return Sums(
             log_ratio=log_ratio,
             kl_ref_live=kl,
-            max_gain=_gain_limit(weights, sums.scale, ref, kl).masked_fill((shift == 0).all(1), 0.0),
+            max_gain=_gain_limit(weights, sums.scale, ref, kl).masked_fill(same, 0.0),
             entropy_change=sums.log_sum - sums.mean_shifted - ref.entropy,
             nll_change=ref.target_logprob - (sums.at_target - sums.log_sum),
             top1_flip=sums.flipped,
         ), mass
 
+    def forget(self) -> None:
+        """Give back the memory; there is nothing more to compare."""
+        self._tiles = self._weights = torch.empty(0)
+
     def pass_over(
         self,
         hidden: Float[Tensor, "pos dim"],
-        log_partition: Float[Tensor, " pos"],
-        target: Int[Tensor, " pos"],
-        top1: Int[Tensor, " pos"],
-    ) -> tuple[OneHeadRow, Float[Tensor, "pos vocab"]]:
-        """One pass of the head over at most `shape.rows` positions.
+        ref: ReferenceRows,
+        strata: Float[Tensor, "stratum pos"] | None = None,
+        logit_sums: Float[Tensor, "stratum vocab"] | None = None,
+    ) -> tuple[_LightRow, Float[Tensor, "pos vocab"]]:
+        """One pass over at most `shape.rows` positions.
 
         Returns the sums, and the probabilities times `scale`, a view of the one buffer that the next call overwrites.
         """
         count = len(hidden)
-        weights = self._weights[:count]
-        total, product = hidden.new_zeros(2, count, dtype=torch.float64)
+        weights, stabiliser = self._weights[:count], ref.log_partition[:, None]
+        total, product, mean_d = hidden.new_zeros(3, count, dtype=torch.float64)
         largest = hidden.new_full((count,), -torch.inf, dtype=torch.float32)
-        at_target, at_top1 = _Gathered(target), _Gathered(top1)
-        for start, stop in tiles(self._head.vocab_size, self.shape.columns):
-            shifted = self._head.logits(hidden, start, stop, out=self._tile[:count, : stop - start])
-            shifted -= log_partition[:, None]
+        for start, stop in tiles(self._live_head.vocab_size, self.shape.columns):
+            tile = self._tiles[:, :count, : stop - start]
+            shifted = self._live_head.logits(hidden, start, stop, out=tile[0])
+            shifted -= stabiliser
             part = torch.exp(shifted, out=weights[:, start:stop])
             total += part.sum(1)
             product += torch.linalg.vecdot(part, shifted)
-            largest = torch.maximum(largest, shifted.amax(1))
-            at_target.take(shifted, start, stop)
-            at_top1.take(shifted, start, stop)
-        log_sum, mean_shifted = total.log(), product / total
-        scale = log_sum.exp()
-        off = ~(log_sum.abs() < _MAX_LOG_RATIO) | ~mean_shifted.isfinite()
+            largest = torch.maximum(largest, part.amax(1))
+            if self._ref_head is not None:
+                log_q = self._ref_head.logits(ref.hidden, start, stop, out=tile[1])
+                log_q -= stabiliser
+                d = torch.sub(shifted, log_q, out=tile[2])
+                mean_d += torch.linalg.vecdot(log_q.exp_(), d)
+                if logit_sums is not None and strata is not None:
+                    logit_sums[:, start:stop] += strata @ d.double()
+        log_sum, mean_shifted, scale = total.log(), product / total, total.clone()
+        has_target = ref.target >= 0
+        of_target = weights.gather(1, ref.target.clamp_min(0)[:, None])[:, 0]
+        at_target = torch.where(has_target, of_target.double().log(), 0.0)
+        of_top1 = weights.gather(1, ref.top[:, :1])[:, 0]
+        # A comparison with NaN is False and would be shown as "nothing flipped".
+        flipped = torch.where(largest.isnan(), torch.nan, (largest > of_top1).double())
+        off = ~(log_sum.abs() < _MAX_LOG_RATIO) | ~mean_shifted.isfinite() | ~mean_d.isfinite()
+        off |= has_target & ~(of_target > _MIN_WEIGHT)
+        found = _LightRow(log_sum, scale, mean_shifted, at_target, flipped, mean_d)
         for row in off.nonzero()[:, 0].tolist():
-            exact = plain_logits(self._head, hidden[row : row + 1])[0] - log_partition[row].double()
-            log_sum[row] = exact.logsumexp(0)
-            probability = (exact - log_sum[row]).exp()
-            mean_shifted[row] = torch.special.xlogy(probability, probability).sum() + log_sum[row]
-            # exp(log_sum) may lie beyond all numbers, so these are probabilities as they are.
-            weights[row], scale[row] = probability.float(), 1.0
-        flipped = _flips(largest, at_top1.values)
-        return OneHeadRow(log_sum, scale, mean_shifted, at_target.values.double(), flipped), weights
+            self._plain_row(row, hidden, ref, found, weights)
+        return found, weights
+
+    def _plain_row(
+        self,
+        row: int,
+        hidden: Float[Tensor, "pos dim"],
+        ref: ReferenceRows,
+        found: _LightRow,
+        weights: Float[Tensor, "pos vocab"],
+    ) -> None:
+        """The same for one position whose exponentials overflow, or underflow where it matters: plain, in float64."""
+        shifted = plain_logits(self._live_head, hidden[row : row + 1])[0] - ref.log_partition[row].double()
+        log_sum = shifted.logsumexp(0)
+        probability = (shifted - log_sum).exp()
+        found.log_sum[row] = log_sum
+        found.mean_shifted[row] = torch.special.xlogy(probability, probability).sum() + log_sum
+        found.at_target[row] = shifted[ref.target[row]] if ref.target[row] >= 0 else 0.0
+        found.flipped[row] = (
+            torch.nan if bool(shifted.isnan().any()) else float(shifted.amax() > shifted[ref.top[row, 0]])
+        )
+        # exp(log_sum) may lie beyond all numbers, so these are probabilities as they are.
+        weights[row], found.scale[row] = probability.float(), 1.0
+        if self._ref_head is not None:
+            log_q = plain_logits(self._ref_head, ref.hidden[row : row + 1])[0] - ref.log_partition[row].double()
+            found.mean_d[row] = (log_q.exp() * (shifted - log_q)).sum()
 
 
-class _TwoHeadsRow(NamedTuple):
+class _FullRow(NamedTuple):
     """The sums of both heads at each position: S - 1, sum q d, sum q expm1(d) d, sum q expm1(d) log q."""
 
     excess: Float[Tensor, " pos"]
@@ -166,7 +219,7 @@ class _TwoHeadsRow(NamedTuple):
     flipped: Float[Tensor, " pos"]
 
 
-class TwoHeads:
+class FullPass:
     """Everything from both heads, in forms that do not cancel: exact down to a KL of 1e-8 in float32.
 
     With d = z_live - z_ref: S - 1 = sum q expm1(d), KL(q||p) = log1p(S - 1) - sum q d,
@@ -178,7 +231,7 @@ class TwoHeads:
         self._ref_head, self._live_head = ref_head, live_head
         self.shape = tile_shape(device)
         columns = min(self.shape.columns, live_head.vocab_size)
-        self._tiles = _buffer(2, self.shape.rows, columns, device=device)
+        self._tiles = _buffer(3, self.shape.rows, columns, device=device)
         self._q, self._gain = _buffer(2, self.shape.rows, live_head.vocab_size, device=device)
 
     def compare(
@@ -237,7 +290,7 @@ class TwoHeads:
         shift: Float[Tensor, " pos"],
         strata: Float[Tensor, "stratum pos"],
         logit_sums: Float[Tensor, "stratum vocab"] | None,
-    ) -> "_TwoHeadsRow":
+    ) -> _FullRow:
         """One pass of both heads, with d less `shift`; leaves q and q expm1(d) in the buffers."""
         count = len(hidden)
         q, gain = self._q[:count], self._gain[:count]
@@ -245,13 +298,27 @@ class TwoHeads:
         excess, mean_d, gain_d, gain_logq = hidden.new_zeros(4, count, dtype=torch.float64)
         largest = hidden.new_full((count,), -torch.inf, dtype=torch.float32)
         at_target, at_top1 = _Gathered(ref.target), _Gathered(ref.top[:, 0])
+        step = hidden.float() - ref.hidden.float()
+        exact = _difference_at(self._ref_head, self._live_head, hidden, ref)
         for start, stop in tiles(self._live_head.vocab_size, columns):
-            log_q, d = self._tiles[:, :count, : stop - start]
+            log_q, d, live = self._tiles[:, :count, : stop - start]
             self._ref_head.logits(ref.hidden, start, stop, out=log_q)
-            self._live_head.logits(hidden, start, stop, out=d)
-            largest = torch.maximum(largest, d.amax(1))
-            at_top1.take(d, start, stop)
-            d -= log_q
+            if (
+                self._ref_head is self._live_head
+                and isinstance(self._live_head, LinearHead)
+                and self._live_head.is_linear
+            ):
+                # The difference of two logits, without subtracting one from the other.
+                self._live_head.product(step, start, stop, out=d)
+                torch.add(log_q, d, out=live)
+            else:
+                self._live_head.logits(hidden, start, stop, out=live)
+                torch.sub(live, log_q, out=d)
+                if exact is not None:
+                    row, place = ((ref.top >= start) & (ref.top < stop)).nonzero(as_tuple=True)
+                    d[row, ref.top[row, place] - start] = exact[row, place]
+            largest = torch.maximum(largest, live.amax(1))
+            at_top1.take(live, start, stop)
             log_q -= ref.log_partition[:, None]
             if logit_sums is not None:
                 logit_sums[:, start:stop] += strata @ d.double()
@@ -263,8 +330,8 @@ class TwoHeads:
             excess += more.sum(1)
             gain_d += torch.linalg.vecdot(more, d)
             gain_logq += torch.linalg.vecdot(more, log_q)
-        flipped = _flips(largest, at_top1.values)
-        return _TwoHeadsRow(excess, mean_d, gain_d, gain_logq, at_target.values, flipped)
+        flipped = torch.where(largest.isnan(), torch.nan, (largest > at_top1.values).double())
+        return _FullRow(excess, mean_d, gain_d, gain_logq, at_target.values, flipped)
 
     def _plain_row(
         self,
@@ -308,14 +375,21 @@ def reference_rows(
         top_logits, order = logits.topk(min(TOP_TOKENS, logits.shape[1]), dim=1)
         top = tokens.gather(1, order)
         log_partition = torch.logaddexp(log_partition, tile.double().logsumexp(1))
-    stabiliser = log_partition.float()
-    sums, weights = OneHead(head, hidden.device).pass_over(hidden, stabiliser, target, top[:, 0])
+    nothing = log_partition.new_zeros(len(hidden))
     rows = ReferenceRows(
         hidden=hidden,
         target=target,
         top=top,
+        top_probability=torch.zeros_like(top_logits),
+        log_partition=log_partition.float(),
+        log_sum=nothing,
+        entropy=nothing,
+        target_logprob=nothing,
+    )
+    sums, weights = LightPass(head, hidden.device).pass_over(hidden, rows)
+    rows = replace(
+        rows,
         top_probability=(weights / sums.log_sum.exp().float()[:, None]).gather(1, top),
-        log_partition=stabiliser,
         log_sum=sums.log_sum,
         entropy=sums.log_sum - sums.mean_shifted,
         target_logprob=sums.at_target - sums.log_sum,
@@ -345,6 +419,31 @@ def plain_logits(head: OutputHead, hidden: Float[Tensor, "pos dim"]) -> Float[Te
     return head.logits(hidden, 0, head.vocab_size).double()
 
 
+def _difference_at(
+    ref_head: OutputHead, live_head: OutputHead, hidden: Float[Tensor, "pos dim"], ref: ReferenceRows
+) -> Float[Tensor, "pos top"] | None:
+    """z_live - z_ref at the reference's favourite tokens, to the last digit, for two heads that are linear.
+
+    (w_live - w_ref) . h_live + w_ref . (h_live - h_ref): nothing large is subtracted. These few tokens carry most of
+    the probability, and the rounding of their logits would otherwise be the error of a tiny drift.
+    """
+    if not (isinstance(ref_head, LinearHead) and isinstance(live_head, LinearHead)):
+        return None
+    if ref_head is live_head or not (ref_head.is_linear and live_head.is_linear):
+        return None
+    if ref_head.scale != live_head.scale:
+        return None
+    live, step = hidden.float(), hidden.float() - ref.hidden.float()
+    columns = []
+    for tokens in ref.top.T:
+        there, here = ref_head.weight[tokens].float(), live_head.weight[tokens].float()
+        difference = torch.linalg.vecdot(here - there, live) + torch.linalg.vecdot(there, step)
+        if ref_head.bias is not None and live_head.bias is not None:
+            difference += live_head.bias[tokens].float() - ref_head.bias[tokens].float()
+        columns.append(difference * live_head.scale)
+    return torch.stack(columns, dim=1)
+
+
 class _Gathered:
     """One entry of each row, picked out of the tiles as they pass. Rows without one (index -1) keep 0."""
 
@@ -369,8 +468,3 @@ def _gain_limit(
     weights.scatter_add_(1, ref.top, -(ref.top_probability.double() * scale[:, None]).float())
     pinsker = ((kl.clamp_min(0) + _KL_ROUNDING) / 2).sqrt()
     return torch.minimum(weights.amax(1).double() / scale, pinsker)
-
-
-def _flips(largest: Float[Tensor, " pos"], at_top1: Float[Tensor, " pos"]) -> Float[Tensor, " pos"]:
-    # A comparison with NaN is False and would be shown as "nothing flipped".
-    return torch.where(largest.isnan(), torch.nan, (largest > at_top1).double())

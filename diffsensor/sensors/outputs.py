@@ -19,7 +19,7 @@ from diffsensor.metrics.outputs import (
     OUTPUT_METRICS,
     OutputMetric,
 )
-from diffsensor.metrics.tiles import OneHead, Sums, TwoHeads, tiles
+from diffsensor.metrics.tiles import FullPass, LightPass, Sums, tiles
 from diffsensor.protocols import OutputHead, ReferenceAnswers
 from diffsensor.sensors.means import ProbeSums, grouped_readings, mean_readings, strata_weights, with_worst
 from diffsensor.sensors.tails import quantile, worst_mean
@@ -71,8 +71,8 @@ class OutputsFold:
         self._hidden: list[Tensor] = []
         self._mass: Tensor | None = None
         self._logits: Tensor | None = None
-        self._one: OneHead | None = None
-        self._two: TwoHeads | None = None
+        self._light: LightPass | None = None
+        self._full: FullPass | None = None
 
     def update(self, piece: Piece) -> None:
         device = piece.hidden.device
@@ -87,20 +87,19 @@ class OutputsFold:
         size = (1 + len(self._reference.probes.group_names), self._live_head.vocab_size)
         self._mass = torch.zeros(size, dtype=torch.float64, device=device)
         one_is_enough = (
-            self._sensor.cost == "light"
+            self._ref_head is self._live_head
             and self._live_head.is_linear
             and self._reference.rows(slice(0, 1), device).mean_unembedding is not None
-            and self._reference.shares_head(self._live_head)
         )
-        if one_is_enough:
-            self._one = OneHead(self._live_head, device)
+        if self._sensor.cost == "full":
+            self._full = FullPass(self._ref_head, self._live_head, device)
         else:
-            self._two = TwoHeads(self._ref_head, self._live_head, device)
-            if not self._live_head.is_linear:
-                self._logits = torch.zeros(size, dtype=torch.float64, device=device)
+            self._light = LightPass(self._live_head, device, None if one_is_enough else self._ref_head)
+        if not self._live_head.is_linear:
+            self._logits = torch.zeros(size, dtype=torch.float64, device=device)
 
     def _shape_rows(self) -> int:
-        part = self._one or self._two
+        part = self._light or self._full
         assert part is not None
         return part.shape.rows
 
@@ -109,11 +108,11 @@ class OutputsFold:
         ref = self._reference.rows(positions, hidden.device)
         strata = self._reference.strata(positions, hidden.device)
         assert self._mass is not None
-        if self._one is not None:
-            sums, mass = self._one.compare(hidden, ref, strata)
+        if self._light is not None:
+            sums, mass = self._light.compare(hidden, ref, strata, self._logits)
         else:
-            assert self._two is not None
-            sums, mass = self._two.compare(hidden, ref, strata, self._folds, logit_sums=self._logits)
+            assert self._full is not None
+            sums, mass = self._full.compare(hidden, ref, strata, self._folds, logit_sums=self._logits)
         self._mass += mass
         for name, values in self._of_each_position(sums).items():
             self._values.setdefault(name, []).append(values)
@@ -127,6 +126,8 @@ class OutputsFold:
         assert self._mass is not None
         values = {name: torch.cat(parts) for name, parts in self._values.items()}
         hidden = torch.cat(self._hidden)
+        if self._light is not None:
+            self._light.forget()
         name, reference = self._sensor.name, self._reference
         readings: list[Reading] = []
         for metric in self._metrics:
@@ -172,7 +173,7 @@ class OutputsFold:
         assert self._mass is not None
         everywhere = slice(0, self._reference.plan.num_positions)
         total = self._reference.strata(everywhere, device).sum(1, keepdim=True)
-        summed = self._mass if self._two is not None else self._mass - self._reference.token_mass().to(device)
+        summed = self._mass if self._full is not None else self._mass - self._reference.token_mass().to(device)
         return summed / total
 
     def _mass_readings(self, moved: Float[Tensor, "stratum vocab"], step: int) -> list[Reading]:
@@ -197,7 +198,7 @@ class OutputsFold:
         everywhere = slice(0, self._reference.plan.num_positions)
         members = self._reference.strata(everywhere, hidden.device) > 0
         gains = limits = values["max_gain"]
-        if self._one is not None:
+        if self._light is not None:
             gains, limits = self._search_gains(limits, hidden, members)
         readings = []
         for member, (group, weights) in zip(members, strata_weights(self._reference), strict=True):

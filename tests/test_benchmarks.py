@@ -1,0 +1,66 @@
+"""The benchmarks run, and say what they are there to say. Nothing in here depends on how fast the machine is."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readings_are_as_exact_as_promised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = script("bench_accuracy")
+    assert bench.main(["--quick", "--json", str(tmp_path / "rows.json")]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert {row["case"] for row in rows} == {case.name for case in bench.CASES}
+    assert "missed" not in capsys.readouterr().out
+    without_drift = [row for row in rows if row["kl"] == 0]
+    assert len(without_drift) >= 5
+    assert all(not any(row["full_errors"].values()) and row["light_error"] == 0 for row in without_drift)
+    # What the benchmark is there to show: bfloat16 logits must not be subtracted from one another.
+    low = [row for row in rows if row["case"].startswith("bf16") and 0 < row["kl"] < 1e-4]
+    assert low
+    assert all(row["naive_error"] > 0.2 for row in low)
+
+
+def test_the_accuracy_benchmark_ends_with_1_where_a_target_is_missed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = script("bench_accuracy")
+    monkeypatch.setattr(bench, "CASES", bench.CASES[:1])
+    monkeypatch.setattr(bench, "FULL_SHARE", 0.0)
+    assert bench.main(["--quick"]) == 1
+    assert "missed: kl_ref_live" in capsys.readouterr().out
+
+
+def test_the_reading_benchmark_runs_every_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = script("bench_reading")
+    assert bench.main(["--quick", "--json", str(tmp_path / "rows.json")]) == 0
+    rows = {row["method"]: row for row in json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))}
+    assert rows.keys() >= set(bench.CONFIGS["A"].targets) | {bench.BARE, bench.NAIVE, bench.TOOLKIT, bench.CACHED}
+    assert all(row["ratio"] > 0 for row in rows.values())
+    # 8 x 128 x 500 logits in float32 are 2 MB, and the naive way holds several such tables at once.
+    assert rows[bench.NAIVE]["memory_mb"] > 4 * rows[bench.LIGHT]["memory_mb"] > 0
+    shown = capsys.readouterr().out
+    assert "Where the time of `light` goes" in shown
+    assert "metrics/tiles.py" in shown
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_reading_benchmark_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert script("bench_reading").main(["--cuda"]) == 0
+    assert "no GPU" in capsys.readouterr().out
