@@ -126,9 +126,18 @@ def linear_map(module: nn.Module, width: int) -> tuple[Float[Tensor, "vocab dim"
     }
     device = next(iter(exact.values())).device
     with torch.no_grad(), full_precision(device):
-        bias = torch.func.functional_call(module, exact, (torch.zeros(1, width, device=device),))[0]
-        weight = torch.func.functional_call(module, exact, (torch.eye(width, device=device),)).T - bias[:, None]
+        bias = torch.func.functional_call(module, exact, (torch.zeros(1, width, dtype=torch.float32, device=device),))[
+            0
+        ]
+        weight = (
+            torch.func.functional_call(module, exact, (torch.eye(width, dtype=torch.float32, device=device),)).T
+            - bias[:, None]
+        )
     return weight.contiguous(), bias if bool(bias.any()) else None
+
+
+#: How many 8-byte words are added up at once.
+_CHECKSUM_WORDS = 2**17
 
 
 @contextlib.contextmanager
@@ -171,8 +180,12 @@ def checksum(tensor: Tensor) -> str:
         return digest(str(tuple(tensor.shape)), str(tensor.dtype))
     rows = tensor.detach().contiguous().reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
     words = _as_words(rows)
+    # Some rows at a time, which are still in the cache when they are added up the other way.
+    parts = words.split(max(1, _CHECKSUM_WORDS // max(1, words.shape[1])))
+    by_row = torch.cat([part.sum(1, dtype=torch.int64) for part in parts])
+    by_column = torch.stack([part.sum(0, dtype=torch.int64) for part in parts]).sum(0)
     # Each sum by itself: added up with weights, the highest bits of two words would cancel.
-    sums = torch.cat([words.sum(1, dtype=torch.int64), words.sum(0, dtype=torch.int64)]).cpu()
+    sums = torch.cat([by_row, by_column]).cpu()
     return digest(hashlib.sha256(sums.numpy().tobytes()).hexdigest(), str(tuple(tensor.shape)), str(tensor.dtype))
 
 

@@ -44,6 +44,8 @@ _TENSORS, _META = "answers.safetensors", "meta.json"
 _KEPT_HEAD_BYTES = 256 * 2**20
 #: A position whose norm is this many times the median is an attention sink and would drown all others.
 _SINK = 10.0
+#: Rows are shared where that brings the tokens that are run below this share.
+_PACKING_SAVES = 0.95
 #: Initialisations of LoRA that move a part of the base weights into the adapter.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 #: Parts of a configuration that change no answer, but from one run or version to the next.
@@ -134,7 +136,7 @@ class Reference:
             capture.try_out(probes.first(), is_text=probes.is_text)
             if probes.is_text and not capture.is_causal_lm:
                 probes.check_vocab(capture.head().vocab_size)
-            packed = probes.is_text and capture.is_causal_lm and takes_packed_rows(capture, probes)
+            packed = capture.is_causal_lm and packing_pays(probes) and takes_packed_rows(capture, probes)
             identity = _identity(capture, probes, packed, adapter=adapter)
             fingerprint = digest(json.dumps(identity, sort_keys=True))
             directory = Path(cache_dir or cache_directory() / "references") / fingerprint[:24]
@@ -318,6 +320,16 @@ def _refuse_changed_base(root: nn.Module) -> None:
                 "base weights: with the adapter off this is not the model that training began with. Take the model "
                 "as it is before the first step instead: Reference.build(model, probes, adapter=True)."
             )
+
+
+def packing_pays(probes: ProbeSet) -> bool:
+    """Whether rows shared by several probes save padding worth having; their attention costs a little more."""
+    if not probes.is_text:
+        return False
+    packed, alone = (
+        sum(batch.inputs["input_ids"].numel() for batch in probes.plan(packed).batches) for packed in (True, False)
+    )
+    return packed < _PACKING_SAVES * alone
 
 
 def takes_packed_rows(capture: Capture, probes: ProbeSet) -> bool:

@@ -47,11 +47,20 @@ def ratio_mean(
     counts: Float[Tensor, " probe"] | Int[Tensor, " probe"],
     weights: Float[Tensor, " probe"],
 ) -> Estimate:
+    """`ratio_means` of a single case."""
+    return ratio_means(sums[None], counts, weights[None])[0]
+
+
+def ratio_means(
+    sums: Float[Tensor, "#case probe"],
+    counts: Float[Tensor, " probe"] | Int[Tensor, " probe"],
+    weights: Float[Tensor, "#case probe"],
+) -> list[Estimate]:
     """sum_i w_i S_i / sum_i w_i n_i over probes i, with the error of a ratio of two sums over probes.
 
     With residuals r_i = w_i (S_i - value n_i), the variance is N/(N-1) sum_i r_i^2 / (sum_i w_i n_i)^2, N
     being the number of probes with a position and a weight above 0; the others take no part. Computed in
-    float64. The value is NaN where a part is NaN or where no probe takes part.
+    float64, several cases at once. The value is NaN where a part is NaN or where no probe takes part.
 
     **Arguments:**
 
@@ -62,18 +71,22 @@ def ratio_mean(
     if not bool((weights >= 0).logical_and(weights.isfinite()).all()):
         wrong = weights[~((weights >= 0) & weights.isfinite())][0].item()
         raise ConfigError(f"A probe has the weight {wrong}. Give each probe a finite weight of at least 0.")
+    sums, weights = torch.broadcast_tensors(sums, weights)
     counted = (counts > 0) & (weights > 0)
-    sums, counts, weights = sums[counted], counts[counted], weights[counted]
-    num_probes = len(sums)
-    if num_probes == 0:
-        return Estimate(value=math.nan, stderr=math.nan, num_probes=0)
-    total = (weights * counts).sum()
-    value = (weights * sums).sum() / total
-    stderr = math.nan
-    if num_probes > 1:
-        residuals = weights * (sums - value * counts)
-        stderr = math.sqrt(num_probes / (num_probes - 1)) * float(residuals.norm() / total)
-    return Estimate(value=float(value), stderr=stderr, num_probes=num_probes)
+    weights = torch.where(counted, weights, 0.0)
+    # Not by a factor of 0, which would leave a NaN.
+    sums = torch.where(counted, sums, 0.0)
+    num_probes = counted.sum(-1)
+    share = num_probes.double() / (num_probes - 1)
+    total = (weights * counts).sum(-1)
+    value = (weights * sums).sum(-1) / total + 0.0  # so that a zero is never shown as -0.0
+    residuals = weights * (sums - value[:, None] * counts)
+    stderr = share.sqrt() * torch.linalg.vector_norm(residuals, dim=-1) / total
+    stderr = torch.where(num_probes > 1, stderr, torch.nan)
+    return [
+        Estimate(value=one, stderr=error, num_probes=number)
+        for one, error, number in zip(value.tolist(), stderr.tolist(), num_probes.tolist(), strict=True)
+    ]
 
 
 def interval_of(reading: Reading, confidence: float = 0.95) -> tuple[float, float]:

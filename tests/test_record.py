@@ -221,7 +221,7 @@ def test_a_resume_with_another_configuration_keeps_the_manifest_and_says_so(
 
 def test_a_fresh_run_does_not_take_over_a_record(tmp_path: Path) -> None:
     before = files(written(tmp_path, findings(0)))
-    with pytest.raises(StorageError, match=r"holds a record already. Give this run another directory, or go on"):
+    with pytest.raises(StorageError, match=r"holds a record already. Give this run another directory. To go on"):
         Record(tmp_path, manifest=MANIFEST)
     assert files(tmp_path) == before
 

@@ -18,8 +18,9 @@ def debiased_hsic(k: Float[Tensor, "pos pos"], l: Float[Tensor, "pos pos"]) -> f
     (tr(KL) + sum(K) sum(L) / ((n-1)(n-2)) - 2 / (n-2) 1'KL1) / (n (n-3)) with zero diagonals. Can be below 0.
     Song et al. 2012 (Feature selection via dependence maximization), eq. 5.
     """
-    none = torch.zeros(len(k), 1, dtype=k.dtype)
-    return float(_hsic_without(_hollow(k), _hollow(l), none)[0])
+    k, l = _hollow(k), _hollow(l)  # noqa: E741
+    kept = torch.ones(len(k), 1, dtype=k.dtype)
+    return float(_hsic(k * l, k @ kept, l @ kept, kept)[0])
 
 
 def cka_distance(
@@ -34,10 +35,14 @@ def cka_distance(
     """
     k, l = _hollow(_gram(ref)), _hollow(_gram(live))  # noqa: E741
     names, member = owner.unique(return_inverse=True)
-    left_out = torch.nn.functional.one_hot(member, len(names)).to(k)
-    # The first column leaves nothing out, the others one probe each.
-    left_out = torch.cat([torch.zeros_like(left_out[:, :1]), left_out], dim=1)
-    cross, own_k, own_l = (_hsic_without(a, b, left_out) for a, b in ((k, l), (k, k), (l, l)))
+    # The first column keeps all, the others leave out one probe each.
+    kept = torch.cat([k.new_ones(len(k), 1), 1 - torch.nn.functional.one_hot(member, len(names)).to(k)], dim=1)
+    row_k, row_l = k @ kept, l @ kept
+    cross, own_k, own_l = (
+        _hsic(k * l, row_k, row_l, kept),
+        _hsic(k * k, row_k, row_k, kept),
+        _hsic(l * l, row_l, row_l, kept),
+    )
     # Two roots and not the root of a product, unless the two are the same: sqrt(x * x) is x to the last bit.
     scale = torch.where(own_k == own_l, own_k, (own_k.clamp_min(0).sqrt() * own_l.clamp_min(0).sqrt()))
     distance = 1 - cross / scale
@@ -59,17 +64,18 @@ def _hollow(gram: Float[Tensor, "pos pos"]) -> Float[Tensor, "pos pos"]:
     return gram - torch.diag(gram.diagonal())
 
 
-def _hsic_without(
-    k: Float[Tensor, "pos pos"],
-    l: Float[Tensor, "pos pos"],  # noqa: E741
-    left_out: Float[Tensor, "pos case"],
+def _hsic(
+    product: Float[Tensor, "pos pos"],
+    row_k: Float[Tensor, "pos case"],
+    row_l: Float[Tensor, "pos case"],
+    kept: Float[Tensor, "pos case"],
 ) -> Float[Tensor, " case"]:
-    """Debiased HSIC of hollow Gram matrices for several cases at once, each without the positions it leaves out."""
-    kept = 1 - left_out
+    """Debiased HSIC of two hollow Gram matrices K and L for several cases at once, each with the positions it keeps.
+
+    `product` is K times L, entry by entry; `row_k` and `row_l` are K and L times `kept`.
+    """
     n = kept.sum(0)
-    product = k * l
     trace = (kept * (product @ kept)).sum(0)
-    row_k, row_l = k @ kept, l @ kept
     sum_k, sum_l = (kept * row_k).sum(0), (kept * row_l).sum(0)
     rows = (kept * row_k * row_l).sum(0)
     return (trace + sum_k * sum_l / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows) / (n * (n - 3))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -10,8 +11,8 @@ from torch import Tensor
 from diffsensor.metrics.activations import ACTIVATION_METRICS, CKA_DISTANCE, MEAN_SHIFT
 from diffsensor.metrics.cka import POSITIONS, UNSTABLE_BELOW, cka_distance
 from diffsensor.protocols import OutputHead, ReferenceAnswers
-from diffsensor.sensors.means import ProbeSums, grouped_readings, mean_readings, strata_weights
-from diffsensor.statistics import Estimate, ratio_mean
+from diffsensor.sensors.means import ProbeSums, Strata, readings_of, strata_of
+from diffsensor.statistics import Estimate, ratio_means
 from diffsensor.types import ALL_PROBES, FIXED_BANK, Findings, MetricInfo, Piece, Reading, log_key
 
 
@@ -38,6 +39,7 @@ class ActivationsFold:
 
     def __init__(self, sensor: str, reference: ReferenceAnswers) -> None:
         self._sensor, self._reference = sensor, reference
+        self._strata = strata_of(reference.probes)
         self._at = {name: _Hookpoint(reference, name) for name in reference.hookpoints}
 
     def update(self, piece: Piece) -> None:
@@ -48,29 +50,25 @@ class ActivationsFold:
         readings: list[Reading] = []
         tensors: dict[str, Tensor] = {}
         for name, seen in self._at.items():
-            for metric in ACTIVATION_METRICS.values():
-                sums = seen.sums[metric.info.name]
-                readings += mean_readings(
-                    sums, metric.info, self._reference, sensor=self._sensor, step=step, hookpoint=name
-                )
-            readings += grouped_readings(
-                seen.mean_shift, MEAN_SHIFT, self._reference, sensor=self._sensor, step=step, hookpoint=name
-            )
+            found = {
+                metric.info: seen.sums[metric.info.name].means(self._strata) for metric in ACTIVATION_METRICS.values()
+            }
+            differences, found[MEAN_SHIFT] = seen.mean_shifts(self._strata)
+            for info, estimates in found.items():
+                readings += readings_of(estimates, info, self._strata, sensor=self._sensor, step=step, hookpoint=name)
             if (cka := self._cka(seen, step, name)) is not None:
                 readings.append(cka)
-            for group, weights in strata_weights(self._reference):
+            for group, difference in zip(self._strata.names, differences, strict=True):
                 key = log_key("mean_difference", bank=FIXED_BANK, group=group, hookpoint=name)
-                tensors[key] = seen.mean_difference(weights).float()
+                tensors[key] = difference.float()
         return Findings(step=step, readings=tuple(readings), tensors=tensors)
 
     def _cka(self, seen: "_Hookpoint", step: int, hookpoint: str) -> Reading | None:
-        positions = seen.cka_positions
-        if len(positions) < POSITIONS:
+        if len(seen.cka_positions) < POSITIONS:
             return None
-        device = seen.kept[0].device
-        ref = self._reference.activation(hookpoint, slice(None), torch.device("cpu"))[positions].to(device).float()
-        owner = self._reference.plan.probe[positions].to(device)
-        value, stderr = cka_distance(ref, torch.cat(seen.kept).float(), owner)
+        ref, live = (torch.cat(rows) for rows in zip(*seen.kept, strict=True))
+        owner = self._reference.plan.probe[seen.cka_positions].to(live.device)
+        value, stderr = cka_distance(ref, live, owner)
         if not math.isfinite(value):
             return None
         return Reading(
@@ -101,7 +99,7 @@ class _Hookpoint:
         counted[reference.sinks(name)] = False
         self._counted = counted
         self.cka_positions = _evenly_spaced(counted.nonzero()[:, 0], POSITIONS)
-        self.kept: list[Tensor] = []
+        self.kept: list[tuple[Tensor, Tensor]] = []
 
     def add(self, positions: slice, live: Float[Tensor, "pos width"]) -> None:
         ref = self._reference.activation(self._name, positions, live.device).float()
@@ -109,7 +107,8 @@ class _Hookpoint:
         counted = self._counted[positions]
         owner = self._reference.plan.probe[positions]
         wanted = self.cka_positions[(self.cka_positions >= positions.start) & (self.cka_positions < positions.stop)]
-        self.kept.append(live[(wanted - positions.start).to(live.device)])
+        wanted = (wanted - positions.start).to(live.device)
+        self.kept.append((ref[wanted], live[wanted]))
         if not bool(counted.all()):
             here = counted.nonzero()[:, 0]
             ref, live, owner = ref[here.to(ref.device)], live[here.to(live.device)], owner[here]
@@ -122,18 +121,15 @@ class _Hookpoint:
         self._difference += member.T @ (live - ref)
         self.counts += torch.bincount(owner, minlength=self._num_probes)
 
-    def mean_difference(self, weights: Float[Tensor, " probe"]) -> Float[Tensor, " width"]:
-        """mean(h - h_ref) over counted positions."""
+    def mean_shifts(self, strata: Strata) -> tuple[Float[Tensor, "stratum width"], list[Estimate]]:
+        """mean(h - h_ref) over the counted positions of each stratum, and its norm with its error."""
         assert self._difference is not None
-        return (weights @ self._difference.cpu()) / (weights * self.counts).sum()
-
-    def mean_shift(self, weights: Float[Tensor, " probe"]) -> Estimate:
-        assert self._difference is not None
-        mean = self.mean_difference(weights)
-        norm = float(mean.norm())
-        along = self._difference.cpu() @ (mean / norm if norm else mean)
-        found = ratio_mean(along, self.counts, weights)
-        return Estimate(value=norm, stderr=found.stderr, num_probes=found.num_probes)
+        difference = self._difference.cpu()
+        means = (strata.weights @ difference) / (strata.weights @ self.counts)[:, None]
+        norms: Tensor = torch.linalg.vector_norm(means, dim=1)
+        along = (means / torch.where(norms > 0, norms, 1.0)[:, None]) @ difference.T
+        errors = ratio_means(along, self.counts, strata.weights)
+        return means, [replace(error, value=norm) for error, norm in zip(errors, norms.tolist(), strict=True)]
 
 
 def _evenly_spaced(positions: Int[Tensor, " pos"], limit: int) -> Int[Tensor, " some"]:

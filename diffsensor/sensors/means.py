@@ -1,15 +1,33 @@
 """From numbers at positions to readings: overall, for each group, and for the worst group."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from diffsensor.protocols import ReferenceAnswers
-from diffsensor.statistics import Estimate, ratio_mean
+from diffsensor.protocols import Probes
+from diffsensor.statistics import Estimate, ratio_means
 from diffsensor.types import ALL_PROBES, WORST_GROUP, MetricInfo, Reading
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strata:
+    """What a metric is read over: all probes, then each group; with the weight of every probe in it."""
+
+    names: tuple[str, ...]
+    weights: Float[Tensor, "stratum probe"]
+
+
+def strata_of(probes: Probes) -> Strata:
+    weights = probes.weights.double()
+    member = torch.tensor([[group == name for group in probes.groups] for name in probes.group_names], dtype=torch.bool)
+    return Strata(
+        names=(ALL_PROBES, *probes.group_names),
+        weights=torch.cat([weights[None], weights * member.reshape(-1, len(weights))]),
+    )
 
 
 class ProbeSums:
@@ -25,64 +43,41 @@ class ProbeSums:
         self.sums += torch.bincount(owner, weights=values.cpu().double(), minlength=size)
         self.counts += torch.bincount(owner, minlength=size)
 
-
-def mean_readings(
-    sums: ProbeSums, info: MetricInfo, reference: ReferenceAnswers, *, sensor: str, step: int, hookpoint: str = ""
-) -> list[Reading]:
-    """The mean of a metric over counted positions, overall, in each group and in the worst group."""
-
-    def estimate(weights: Float[Tensor, " probe"]) -> Estimate:
-        return ratio_mean(sums.sums, sums.counts, weights)
-
-    return grouped_readings(estimate, info, reference, sensor=sensor, step=step, hookpoint=hookpoint)
+    def means(self, strata: Strata) -> list[Estimate]:
+        """The mean over counted positions in each stratum."""
+        return ratio_means(self.sums[None], self.counts, strata.weights)
 
 
-def grouped_readings(
-    estimate: Callable[[Float[Tensor, " probe"]], Estimate],
+def readings_of(
+    estimates: Sequence[Estimate],
     info: MetricInfo,
-    reference: ReferenceAnswers,
+    strata: Strata,
     *,
     sensor: str,
     step: int,
     hookpoint: str = "",
+    bounds: Sequence[float] | None = None,
 ) -> list[Reading]:
-    """`estimate` at the weights of all probes, then of each group; then the worst group by its name."""
-    readings = []
-    for group, weights in strata_weights(reference):
-        found = estimate(weights)
-        readings.append(
-            Reading(
-                step=step,
-                sensor=sensor,
-                metric=info.name,
-                value=found.value,
-                stderr=found.stderr,
-                unit=info.unit,
-                num_probes=found.num_probes,
-                group=group,
-                hookpoint=hookpoint,
-                scale=info.scale,
-            )
+    """One reading for each stratum, then the one of the group that is worst (a NaN is worse than any number)."""
+    readings = [
+        Reading(
+            step=step,
+            sensor=sensor,
+            metric=info.name,
+            value=found.value,
+            stderr=found.stderr,
+            unit=info.unit,
+            num_probes=found.num_probes,
+            group=group,
+            hookpoint=hookpoint,
+            bound=bound,
+            scale=info.scale,
         )
-    return with_worst(readings, info)
-
-
-def strata_weights(reference: ReferenceAnswers) -> Iterator[tuple[str, Float[Tensor, " probe"]]]:
-    weights = reference.probes.weights.double()
-    yield ALL_PROBES, weights
-    for name in reference.probes.group_names:
-        yield name, weights * torch.tensor([group == name for group in reference.probes.groups])
-
-
-def with_worst(readings: Sequence[Reading], info: MetricInfo) -> list[Reading]:
-    """The readings, and once more the one of the group that is worst (a NaN is worse than any number)."""
-    groups = [reading for reading in readings if reading.group != ALL_PROBES]
+        for group, found, bound in zip(strata.names, estimates, bounds or [0.0] * len(estimates), strict=True)
+    ]
+    groups = readings[1:]
     if not groups:
-        return list(readings)
+        return readings
     distance = abs if info.worst == "furthest_from_zero" else float
     worst = max(groups, key=lambda reading: math.inf if math.isnan(reading.value) else distance(reading.value))
-    named = {name: getattr(worst, name) for name in worst.__slots__} | {
-        "group": WORST_GROUP,
-        "note": f"group {worst.group!r}",
-    }
-    return [*readings, Reading(**named)]
+    return [*readings, replace(worst, group=WORST_GROUP, note=f"group {worst.group!r}")]

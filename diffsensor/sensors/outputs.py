@@ -2,8 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -21,9 +20,10 @@ from diffsensor.metrics.outputs import (
 )
 from diffsensor.metrics.tiles import FullPass, LightPass, Sums, tiles
 from diffsensor.protocols import OutputHead, ReferenceAnswers
-from diffsensor.sensors.means import ProbeSums, grouped_readings, mean_readings, strata_weights, with_worst
+from diffsensor.sensors.means import ProbeSums, readings_of, strata_of
 from diffsensor.sensors.tails import quantile, worst_mean
 from diffsensor.sensors.token_table import token_table
+from diffsensor.statistics import Estimate
 from diffsensor.types import Cost, Findings, MetricInfo, Piece, Reading, TokenShift
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ class OutputsFold:
         self._sensor, self._reference, self._live_head = sensor, reference, live_head
         self._ref_head = reference.head_beside(live_head)
         self._metrics = sensor.output_metrics
+        self._strata = strata_of(reference.probes)
         if bool((reference.plan.target < 0).any()):
             self._metrics = tuple(metric for metric in self._metrics if metric.info.name != "nll_change")
         self._folds = {metric.info.name: metric.fold for metric in self._metrics if metric.fold is not None}
@@ -133,13 +134,13 @@ class OutputsFold:
         for metric in self._metrics:
             sums = ProbeSums(len(reference.probes.names))
             sums.add(values[metric.info.name], reference.plan.probe)
-            readings += mean_readings(sums, metric.info, reference, sensor=name, step=step)
+            readings += readings_of(sums.means(self._strata), metric.info, self._strata, sensor=name, step=step)
         if self._sensor.cost == "full":
             kl = values["kl_ref_live"].cpu()
             owner, size = reference.plan.probe, len(reference.probes.names)
             for info, tail in ((KL_P95, quantile), (KL_WORST1, worst_mean)):
-                estimate = partial(tail, kl, owner, num_probes=size)
-                readings += grouped_readings(estimate, info, reference, sensor=name, step=step)
+                estimates = [tail(kl, owner, weights, size) for weights in self._strata.weights]
+                readings += readings_of(estimates, info, self._strata, sensor=name, step=step)
         moved = self._mass_moved(hidden.device)
         readings += self._mass_readings(moved, step)
         readings += self._gain_readings(values, hidden, step)
@@ -177,20 +178,8 @@ class OutputsFold:
         return summed / total
 
     def _mass_readings(self, moved: Float[Tensor, "stratum vocab"], step: int) -> list[Reading]:
-        readings = []
-        for row, (group, weights) in zip(moved, strata_weights(self._reference), strict=True):
-            readings.append(
-                Reading(
-                    step=step,
-                    sensor=self._sensor.name,
-                    metric=MASS_MOVED.name,
-                    value=float(row.abs().sum() / 2),
-                    unit=MASS_MOVED.unit,
-                    num_probes=int((weights > 0).sum()),
-                    group=group,
-                )
-            )
-        return with_worst(readings, MASS_MOVED)
+        values = (moved.abs().sum(1) / 2).tolist()
+        return readings_of(self._without_error(values), MASS_MOVED, self._strata, sensor=self._sensor.name, step=step)
 
     def _gain_readings(
         self, values: Mapping[str, Tensor], hidden: Float[Tensor, "pos dim"], step: int
@@ -200,25 +189,29 @@ class OutputsFold:
         gains = limits = values["max_gain"]
         if self._light is not None:
             gains, limits = self._search_gains(limits, hidden, members)
-        readings = []
-        for member, (group, weights) in zip(members, strata_weights(self._reference), strict=True):
-            largest = float(gains[member].clamp_min(0).amax())
+        largest, bounds = [], []
+        for member in members:
             if bool(values["max_gain"][member].isnan().any()):
-                largest = math.nan
-            bound = 0.0 if math.isnan(largest) else max(float(limits[member].amax()) - largest, 0.0)
-            readings.append(
-                Reading(
-                    step=step,
-                    sensor=self._sensor.name,
-                    metric=MAX_TOKEN_GAIN.name,
-                    value=largest,
-                    bound=bound,
-                    unit=MAX_TOKEN_GAIN.unit,
-                    num_probes=int((weights > 0).sum()),
-                    group=group,
-                )
-            )
-        return with_worst(readings, MAX_TOKEN_GAIN)
+                largest.append(math.nan)
+                bounds.append(0.0)
+            else:
+                largest.append(float(gains[member].clamp_min(0).amax()))
+                bounds.append(max(float(limits[member].amax()) - largest[-1], 0.0))
+        return readings_of(
+            self._without_error(largest),
+            MAX_TOKEN_GAIN,
+            self._strata,
+            sensor=self._sensor.name,
+            step=step,
+            bounds=bounds,
+        )
+
+    def _without_error(self, values: Sequence[float]) -> list[Estimate]:
+        numbers = (self._strata.weights > 0).sum(1).tolist()
+        return [
+            Estimate(value=value, stderr=math.nan, num_probes=number)
+            for value, number in zip(values, numbers, strict=True)
+        ]
 
     def _search_gains(
         self, limits: Float[Tensor, " pos"], hidden: Float[Tensor, "pos dim"], members: Tensor
@@ -234,7 +227,7 @@ class OutputsFold:
         promising = promising[limits[promising] > 0]
         gains = torch.zeros_like(limits)
         # Small portions: two rows of the vocabulary for each position.
-        for start, stop in tiles(len(promising), 32):
+        for start, stop in tiles(len(promising), 16):
             some = promising[start:stop]
             gains[some] = self._gain_at(some, hidden[some])
         limits = limits.clone()
@@ -244,7 +237,13 @@ class OutputsFold:
     def _gain_at(self, positions: Int[Tensor, " some"], hidden: Float[Tensor, "some dim"]) -> Float[Tensor, " some"]:
         ref_hidden = self._reference.rows(slice(0, self._reference.plan.num_positions), torch.device("cpu")).hidden
         ref_hidden = ref_hidden[positions.cpu()].to(hidden.device)
+        size = self._live_head.vocab_size
         with full_precision(hidden.device):
-            q = self._ref_head.logits(ref_hidden, 0, self._ref_head.vocab_size).softmax(1)
-            p = self._live_head.logits(hidden, 0, self._live_head.vocab_size).softmax(1)
-        return p.sub_(q).amax(1).double()
+            if self._ref_head is self._live_head:
+                # One product for both: so few rows cost what reading the head's weights does.
+                p, q = self._live_head.logits(torch.cat([hidden, ref_hidden]), 0, size).softmax(1).split(len(hidden))
+            else:
+                p = self._live_head.logits(hidden, 0, size).softmax(1)
+                q = self._ref_head.logits(ref_hidden, 0, size).softmax(1)
+        gain: Tensor = (p - q).amax(1)
+        return gain.double()

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from diffsensor.head import LinearHead
 from diffsensor.protocols import OutputHead, ReferenceAnswers
-from diffsensor.sensors.means import strata_weights
-from diffsensor.statistics import clustered_mean
+from diffsensor.sensors.means import strata_of
+from diffsensor.statistics import ratio_means
 from diffsensor.types import TokenShift
 
 #: Lines in each direction and by each of the two rankings, for all probes and for each group.
@@ -64,27 +64,29 @@ def token_table(
     q = (ref_head.rows(tokens).logits(ref.hidden, 0, some).double() - log_partition[:, None]).exp()
     p = (live_head.rows(tokens).logits(hidden, 0, some).double() - (log_partition + log_ratio)[:, None]).exp()
     gained = (p - q).cpu()
-    groups = list(strata_weights(reference))
+    groups, owner = strata_of(reference.probes), reference.plan.probe
+    # As a product: it adds in a fixed order.
+    member = torch.nn.functional.one_hot(owner, groups.weights.shape[1]).double()
+    sums, counts = gained.T @ member, member.sum(0)
+    errors = [[mean.stderr for mean in ratio_means(sums, counts, weights[None])] for weights in groups.weights]
+    inside = groups.weights[:, owner] > 0
     shifts = []
     for candidate in candidates:
-        group, weights = groups[candidate.stratum]
         moved = gained[:, column[candidate.token]]
-        estimate = clustered_mean(moved, reference.plan.probe, weights, len(weights))
         sign = 1.0 if candidate.prefers == "live" else -1.0
-        inside = weights[reference.plan.probe] > 0
-        place = int((sign * moved).masked_fill(~inside, -math.inf).argmax())
-        probe, offset = int(reference.plan.probe[place]), int(reference.plan.offset[place])
+        place = int((sign * moved).masked_fill(~inside[candidate.stratum], -math.inf).argmax())
+        probe, offset = int(owner[place]), int(reference.plan.offset[place])
         shifts.append(
             TokenShift(
                 step=step,
-                group=group,
+                group=groups.names[candidate.stratum],
                 ranked_by=candidate.ranked_by,
                 prefers=candidate.prefers,
                 rank=candidate.rank,
                 token_id=candidate.token,
                 token=reference.probes.decode([candidate.token]),
                 mass_moved=float(mass_moved[candidate.stratum, candidate.token]),
-                mass_moved_stderr=estimate.stderr,
+                mass_moved_stderr=errors[candidate.stratum][column[candidate.token]],
                 logit_difference=float(mean_logits[candidate.stratum, candidate.token]),
                 probe=reference.probes.names[probe],
                 position=offset,
