@@ -15,9 +15,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from diffsensor.atomic import store
 from diffsensor.capture import Capture, leave_no_trace, random_states_kept, require_same_context
-from diffsensor.checked_json import json_bytes, read_json
 from diffsensor.errors import ConfigError, ReferenceMismatchError
 from diffsensor.probes import ProbeSet
 from diffsensor.protocols import Fold, OutputHead, Schedule, Sensor, Sink
@@ -25,6 +23,8 @@ from diffsensor.record import MANIFEST, Record, read_manifest
 from diffsensor.reference import Reference, require_fitting
 from diffsensor.schedules import every
 from diffsensor.sensors import Activations, Outputs, resolve_sensors
+from diffsensor.storage.atomic import store
+from diffsensor.storage.checked_json import json_bytes, read_json
 from diffsensor.types import FIXED_BANK, Findings, Reading
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from diffsensor.probe_check import ProbeCheck
+    from diffsensor.probes.check import ProbeCheck
 
 FINE, PROBLEMS = 0, 1
 
@@ -41,7 +41,7 @@ def check(
     """
     # Loaded now, not for --help: they take seconds.
     from diffsensor.loading import load_tokenizer
-    from diffsensor.probe_check import check_file
+    from diffsensor.probes.check import check_file
 
     found = check_file(file, load_tokenizer(tokenizer), max_length)
     if as_json:
@@ -65,7 +65,7 @@ def _show(found: "ProbeCheck", file: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from diffsensor.probe_check import in_words
+    from diffsensor.probes.check import in_words
 
     console = Console()
     table = Table(title=Text(str(file)))
@@ -96,6 +96,6 @@ def _show(found: "ProbeCheck", file: Path) -> None:
 
 
 def _cells(num_probes: int, num_positions: int, expected: Any) -> tuple[str, str, str]:
-    from diffsensor.probe_check import percent
+    from diffsensor.probes.check import percent
 
     return str(num_probes), str(num_positions), percent(expected)

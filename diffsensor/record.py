@@ -25,8 +25,6 @@ from typing import Any, BinaryIO, final
 from safetensors.torch import load, save
 from torch import Tensor
 
-from diffsensor.atomic import TEMPORARY, stage, store
-from diffsensor.checked_json import RESTORE, json_bytes, parse_json, plain, read_json
 from diffsensor.errors import (
     ConfigError,
     CorruptFileError,
@@ -35,8 +33,10 @@ from diffsensor.errors import (
     StorageError,
     listed,
 )
-from diffsensor.lines import LINE_FILES, append, encode, read_lines, set_aside
-from diffsensor.lock import LOCK, release_lock, take_lock
+from diffsensor.storage.atomic import TEMPORARY, stage, store
+from diffsensor.storage.checked_json import RESTORE, json_bytes, parse_json, plain, read_json
+from diffsensor.storage.lines import LINE_FILES, append, encode, read_lines, set_aside
+from diffsensor.storage.lock import LOCK, release_lock, take_lock
 from diffsensor.types import Findings, Reading, TokenShift
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from diffsensor.capture import Capture, leave_no_trace
-from diffsensor.checked_json import json_bytes, read_json
 from diffsensor.errors import (
     CorruptFileError,
     DiffSensorError,
@@ -33,6 +32,7 @@ from diffsensor.head import GivenLogits, LinearHead, checksum, digest, full_prec
 from diffsensor.metrics.tiles import reference_rows, tile_shape, tiles, token_mass
 from diffsensor.probes import ProbeSet
 from diffsensor.protocols import OutputHead
+from diffsensor.storage.checked_json import json_bytes, read_json
 from diffsensor.types import Context, Piece, Plan, ReferenceRows
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from diffsensor.errors import ProbeError
 from diffsensor.probes import ProbeSet
-from diffsensor.tokenizing import marks_of
+from diffsensor.probes.tokenizing import marks_of
 from tiny_tokenizers import Letters, bpe
 
 CHATML = """\

@@ -18,24 +18,12 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
     ({"errors"}, {"types"}),
     ({"protocols"},),
     (
-        {
-            "atomic",
-            "checked_json",
-            "head",
-            "lock",
-            "plan",
-            "probe_lines",
-            "loading",
-            "schedules",
-            "statistics",
-            "tokenizing",
-        },
-        {"chats"},
+        {"head", "loading", "schedules", "statistics", "storage"},
         {"capture", "metrics", "probes"},
     ),
-    ({"actions", "probe_check", "reference", "rules", "sinks"},),
+    ({"actions", "reference", "rules", "sinks"},),
     ({"sensors"},),
-    ({"lines"}, {"record"}, {"monitor"}),
+    ({"record"}, {"monitor"}),
     ({"commands", "probes_command", "report"}, {"cli"}),
 )
 ORDER = [step for floor in FLOORS for step in floor]

@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerFast
 import diffsensor
 from diffsensor import cli
 from diffsensor.errors import ProbeError
-from diffsensor.probe_check import ProbeCheck, check_file, expected_error, in_words
+from diffsensor.probes.check import ProbeCheck, check_file, expected_error, in_words
 from tiny_tokenizers import bpe, words
 
-DEFAULT = Path(diffsensor.__file__).parent / "default_probes.jsonl"
+DEFAULT = Path(diffsensor.__file__).parent / "probes" / "default.jsonl"
 
 
 @pytest.fixture(scope="module")

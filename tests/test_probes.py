@@ -26,10 +26,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import diffsensor
 from diffsensor import protocols
-from diffsensor.checked_json import json_bytes, read_json
 from diffsensor.errors import ConfigError, CorruptFileError, DiffSensorError, ProbeError, StorageError
-from diffsensor.plan import DENSE_BATCH
 from diffsensor.probes import ProbeSet
+from diffsensor.probes.plan import DENSE_BATCH
+from diffsensor.storage.checked_json import json_bytes, read_json
 from diffsensor.types import Plan
 from tiny_tokenizers import CORPUS, Letters, bpe, space_marking, words
 
@@ -598,7 +598,7 @@ def test_a_tokenizer_by_name_without_transformers_says_how_to_get_it(monkeypatch
 
 DEFAULT = [
     json.loads(line)
-    for line in (Path(diffsensor.__file__).parent / "default_probes.jsonl").read_text(encoding="utf-8").splitlines()
+    for line in (Path(diffsensor.__file__).parent / "probes" / "default.jsonl").read_text(encoding="utf-8").splitlines()
 ]
 
 

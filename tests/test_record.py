@@ -16,12 +16,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffsensor import lines as lines_module
 from diffsensor import record as record_module
 from diffsensor.errors import ConfigError, CorruptFileError, ReferenceMismatchError, StorageError
-from diffsensor.lines import READINGS, _decode_line, _encode_line, read_lines
 from diffsensor.protocols import Sink
 from diffsensor.record import Record, RecordContents, read_manifest, read_record
+from diffsensor.storage import lines as lines_module
+from diffsensor.storage.lines import READINGS, _decode_line, _encode_line, read_lines
 from diffsensor.types import Findings, Reading, TokenShift
 
 MANIFEST = {"reference": "ref-1", "probes": "probes-1", "torch": "2.13.0"}

@@ -15,8 +15,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import BinaryIO
 
-from diffsensor.checked_json import RESTORE, has_valid_crc, with_crc, without_crc
 from diffsensor.errors import CorruptFileError
+from diffsensor.storage.checked_json import RESTORE, has_valid_crc, with_crc, without_crc
 from diffsensor.types import Findings, Reading, TokenShift
 
 logger = logging.getLogger(__name__)

@@ -19,13 +19,20 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from diffsensor.atomic import stage
-from diffsensor.chats import encode_chat
-from diffsensor.checked_json import json_bytes, read_json
 from diffsensor.errors import ConfigError, CorruptFileError, ProbeError, StorageError, listed
-from diffsensor.plan import plan_dense, plan_tokens
-from diffsensor.probe_lines import ProbeLine, parse_lines, parse_rows, quoted, require_text
-from diffsensor.tokenizing import Encoded, Tokenizer, encode_completion, encode_text, fingerprint_of, private_copy
+from diffsensor.probes.chats import encode_chat
+from diffsensor.probes.lines import ProbeLine, parse_lines, parse_rows, quoted, require_text
+from diffsensor.probes.plan import plan_dense, plan_tokens
+from diffsensor.probes.tokenizing import (
+    Encoded,
+    Tokenizer,
+    encode_completion,
+    encode_text,
+    fingerprint_of,
+    private_copy,
+)
+from diffsensor.storage.atomic import stage
+from diffsensor.storage.checked_json import json_bytes, read_json
 from diffsensor.types import ALL_PROBES, Batch, Plan, require_group_name
 
 log = logging.getLogger(__name__)
@@ -33,7 +40,7 @@ log = logging.getLogger(__name__)
 TENSORS_FILE = "probes.safetensors"
 RECORD_FILE = "probes.json"
 _FORMAT = "diffsensor probes 1"
-_DEFAULT_FILE = "default_probes.jsonl"
+_DEFAULT_FILE = "default.jsonl"
 
 #: A tokenizer, or the directory or name from which transformers loads it.
 AnyTokenizer = Tokenizer | str | os.PathLike[str]
@@ -171,8 +178,8 @@ class ProbeSet:
         The groups: knowledge, arithmetic, reasoning, code, instructions, refusal (of harmful requests), opinions,
         free_text. Two of each group are long, the others of about a sentence or two.
         """
-        contents = resources.files("diffsensor").joinpath(_DEFAULT_FILE).read_bytes()
-        source = f"diffsensor's {_DEFAULT_FILE}"
+        contents = resources.files("diffsensor.probes").joinpath(_DEFAULT_FILE).read_bytes()
+        source = f"diffsensor's probes/{_DEFAULT_FILE}"
         probes = cls._from_lines(parse_lines(contents, source), tokenizer, max_length, source)
         unknown = getattr(probes._tokenizer, "unk_token_id", None)
         if unknown is not None and (num_unknown := sum(int((ids == unknown).sum()) for ids in probes._tokens)):
@@ -367,7 +374,7 @@ class ProbeSet:
         ).batches[0]
 
     def plan(self, packed: bool, *, row_tokens: int = 256, batch_tokens: int = 1024, causal: bool = True) -> Plan:
-        """What is run together; for dense probes the arguments change nothing. See `diffsensor.plan`."""
+        """What is run together; for dense probes the arguments change nothing. See `diffsensor.probes.plan`."""
         if not self.is_text:
             return plan_dense(self._args, self._inputs, self._mask, len(self))
         return plan_tokens(

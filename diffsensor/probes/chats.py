@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from diffsensor.errors import ProbeError
-from diffsensor.tokenizing import Encoded, Tokenizer, fit, marks_of
+from diffsensor.probes.tokenizing import Encoded, Tokenizer, fit, marks_of
 
 ASSISTANT = "assistant"
 

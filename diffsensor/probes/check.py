@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from diffsensor.errors import ProbeError, listed
-from diffsensor.probe_lines import ProbeLine, parse_lines
-from diffsensor.probes import encode_line, told_of_date
-from diffsensor.tokenizing import Encoded, Tokenizer, private_copy
+from diffsensor.probes.lines import ProbeLine, parse_lines
+from diffsensor.probes.probe_set import encode_line, told_of_date
+from diffsensor.probes.tokenizing import Encoded, Tokenizer, private_copy
 from diffsensor.types import ALL_PROBES
 
 # Relative standard error of a mean KL by number of probes, in per cent. Measured on one small model: a guide and

@@ -1,0 +1,1 @@
+"""Files that survive a kill and show when they were changed."""
