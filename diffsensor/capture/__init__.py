@@ -1,0 +1,8 @@
+"""Looking at a model, and leaving no trace on it."""
+
+from diffsensor.capture.find import find_model as find_model
+from diffsensor.capture.find import resolve_hookpoints as resolve_hookpoints
+from diffsensor.capture.look import Capture as Capture
+from diffsensor.capture.look import require_same_context as require_same_context
+from diffsensor.capture.no_trace import leave_no_trace as leave_no_trace
+from diffsensor.capture.no_trace import random_states_kept as random_states_kept
