@@ -33,23 +33,18 @@ def half_absolute_difference(tile: PairTile) -> Float[Tensor, " pos"]:
 
 
 def jensen_shannon(tile: PairTile) -> Float[Tensor, " pos"]:
-    """A tile's share of JS = 1/4 sum (p + q) F(u), u = (p - q) / (p + q), F(u) = (1+u) log(1+u) + (1-u) log(1-u).
+    """A tile's share of JS = 1/4 sum (p + q) F(u), u = |p - q| / (p + q), F(u) = (1+u) log(1+u) + (1-u) log(1-u).
 
-    In this form nothing large cancels: for small u, F is its series u^2 + u^4/6 + u^6/15 + u^8/28.
+    F(u) = log(1 - u^2) + u log(1 + 2u / (1 - u)): neither part loses digits, however small u is.
     """
     total = torch.add(tile.moved, tile.q, alpha=2)
-    # Rounding may carry u past 1 where one of the two probabilities is next to nothing.
-    u = (tile.moved / total.clamp_min_(torch.finfo(total.dtype).tiny)).clamp_(-1, 1)
-    square = u * u
-    if bool(square.amax() < 1e-4):
-        small: Tensor = torch.linalg.vecdot(square.mul_(1 + square / 6), total)
-        return small.double() / 4
-    series = (((square / 28 + 1 / 15) * square).add_(1 / 6) * square).add_(1) * square
-    if not bool(square.amax() < 0.01):
-        above, below = 1 + u, 1 - u
-        plain = torch.special.xlogy(above, above).add_(torch.special.xlogy(below, below))
-        series = torch.where(square < 0.01, series, plain)
-    share: Tensor = torch.linalg.vecdot(series, total)
+    u = torch.div(tile.moved, total.clamp_min_(torch.finfo(total.dtype).tiny)).abs_()
+    # Rounding may carry u to 1 and past it where one of the two probabilities is next to nothing.
+    u.clamp_max_(1 - torch.finfo(u.dtype).eps / 2)
+    f = (u * u).neg_().log1p_()
+    other = 1 - u
+    f += torch.div(u, other, out=other).mul_(2).log1p_().mul_(u)
+    share: Tensor = torch.linalg.vecdot(f, total)
     return share.double() / 4
 
 

@@ -221,7 +221,7 @@ class OutputsFold:
         Looks at the most promising positions of all probes and of each group, one in 64 in all.
         """
         limits = limits.nan_to_num(nan=0.0, posinf=1.0)
-        budget = max(16, len(limits) // 64)
+        budget = max(8, len(limits) // 64)
         each = max(1, budget // len(members))
         promising = torch.cat([(limits * member).topk(min(each, len(limits))).indices for member in members]).unique()
         promising = promising[limits[promising] > 0]
