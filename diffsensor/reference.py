@@ -32,6 +32,7 @@ from diffsensor.head import GivenLogits, LinearHead, checksum, digest, full_prec
 from diffsensor.metrics.tiles import reference_rows, tile_shape, tiles, token_mass
 from diffsensor.probes import ProbeSet
 from diffsensor.protocols import OutputHead
+from diffsensor.statistics import strata_of
 from diffsensor.storage.checked_json import json_bytes, read_json
 from diffsensor.types import Context, Piece, Plan, ReferenceRows
 
@@ -243,7 +244,7 @@ class Reference:
 
     @cached_property
     def _strata(self) -> Float[Tensor, "stratum pos"]:
-        return strata_of(self.probes, self.plan)
+        return strata_of(self.probes).weights[:, self.plan.probe]
 
     @cached_property
     def _stored_head(self) -> LinearHead | None:
@@ -256,14 +257,6 @@ class Reference:
             scale=self._head["scale"],
             softcap=self._head["softcap"],
         )
-
-
-def strata_of(probes: ProbeSet, plan: Plan) -> Float[Tensor, "stratum pos"]:
-    """The weight of each position: row 0 in all probes, then in each group, float64."""
-    weights = probes.weights.double()
-    member = torch.tensor([[group == name for group in probes.groups] for name in probes.group_names], dtype=torch.bool)
-    by_probe = torch.cat([weights[None], weights * member.reshape(-1, len(weights))])
-    return by_probe[:, plan.probe]
 
 
 def require_fitting(probes: ProbeSet, capture: Capture) -> None:
@@ -424,7 +417,7 @@ def _settings(root: nn.Module) -> str:
 
 def _ask(capture: Capture, plan: Plan, probes: ProbeSet) -> dict[str, Tensor]:
     """The answers themselves, as tensors with one row for each counted position."""
-    strata = strata_of(probes, plan).to(capture.device)
+    strata = strata_of(probes).weights[:, plan.probe].to(capture.device)
     columns: dict[str, list[Tensor]] = {}
     mass: Tensor | None = None
     head: LinearHead | GivenLogits | None = None
@@ -436,12 +429,12 @@ def _ask(capture: Capture, plan: Plan, probes: ProbeSet) -> dict[str, Tensor]:
         with full_precision(capture.device):
             for part in row_chunks(piece.positions, capture.device):
                 hidden = piece.hidden[part.start - piece.positions.start : part.stop - piece.positions.start]
-                rows, weights = reference_rows(head, hidden, plan.target[part].to(capture.device))
+                rows, weights, scale = reference_rows(head, hidden, plan.target[part].to(capture.device))
                 if mass is None:
                     mass = torch.zeros(len(strata), head.vocab_size, dtype=torch.float64, device=capture.device)
-                mass += token_mass(weights, rows.log_sum.exp(), strata[:, part])
+                mass += token_mass(weights, scale, strata[:, part])
                 if isinstance(head, LinearHead) and head.is_linear and not capture.trains_head:
-                    mean = _mean_unembedding(head, weights, rows.log_sum)
+                    mean = _mean_unembedding(head, weights, scale)
                     columns.setdefault("mean_unembedding", []).append(mean.cpu())
                 for name in _ROWS:
                     columns.setdefault(name, []).append(getattr(rows, name).cpu())
@@ -468,12 +461,12 @@ def row_chunks(positions: slice, device: torch.device) -> Iterator[slice]:
 
 
 def _mean_unembedding(
-    head: LinearHead, weights: Float[Tensor, "pos vocab"], log_sum: Float[Tensor, " pos"]
+    head: LinearHead, weights: Float[Tensor, "pos vocab"], scale: Float[Tensor, " pos"]
 ) -> Float[Tensor, "pos dim"]:
     mean = weights.new_zeros(len(weights), head.weight.shape[1], dtype=torch.float64)
     for start, stop in tiles(head.vocab_size, tile_shape(weights.device).columns):
         mean += head.mean_row(weights[:, start:stop], start, stop)
-    return (mean / log_sum.exp()[:, None]).float()
+    return (mean / scale[:, None]).float()
 
 
 def _require_numbers(piece: Piece, plan: Plan, probes: ProbeSet) -> None:

@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from diffsensor.errors import ConfigError
-from diffsensor.types import Reading, Scale
+from diffsensor.protocols import Probes
+from diffsensor.types import ALL_PROBES, Reading, Scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,23 @@ class Estimate:
     value: float
     stderr: float
     num_probes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strata:
+    """What a metric is read over: all probes, then each group; with the weight of every probe in it."""
+
+    names: tuple[str, ...]
+    weights: Float[Tensor, "stratum probe"]
+
+
+def strata_of(probes: Probes) -> Strata:
+    weights = probes.weights.double()
+    member = torch.tensor([[group == name for group in probes.groups] for name in probes.group_names], dtype=torch.bool)
+    return Strata(
+        names=(ALL_PROBES, *probes.group_names),
+        weights=torch.cat([weights[None], weights * member.reshape(-1, len(weights))]),
+    )
 
 
 def clustered_mean(

@@ -77,6 +77,19 @@ def test_the_same_weights_read_exactly_0(kind: str, dtype: torch.dtype, tmp_path
             assert monitor.failures == {}
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("sensors", ["light", "full"])
+def test_the_same_weights_read_exactly_0_where_a_probe_is_next_to_impossible(
+    frozen: bool, sensors: str, tmp_path: Path
+) -> None:
+    model = HEADS["frozen" if frozen else "trained"]()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(300)  # the next token's probability is far below float32's end
+    found = readings(model, model, probe_set(texts()), tmp_path, sensors)
+    nonzero = {key: reading.value for key, reading in found.items() if reading.value != 0 or reading.bound != 0}
+    assert not nonzero
+
+
 def test_thinned_probes_are_read_where_they_count(tmp_path: Path) -> None:
     made = texts()
     thinned = []

@@ -30,7 +30,7 @@ def states(seed: int = 1) -> Tensor:
 
 
 def cached(of: LinearHead, hidden: Tensor, target: Tensor) -> ReferenceRows:
-    rows, weights = reference_rows(of, hidden, target)
+    rows, weights, _ = reference_rows(of, hidden, target)
     q = weights / rows.log_sum.exp().float()[:, None]
     mean = q.double() @ (of.scale * of.weight.double())
     fields = {name: getattr(rows, name) for name in rows.__slots__}
@@ -158,7 +158,7 @@ def test_the_same_states_give_exactly_0() -> None:
         for name, values in found_in(sums).items():
             assert not values.any(), name
         assert mass is not None
-    rows, weights = reference_rows(head(), h, TARGET)
+    rows, weights, _ = reference_rows(head(), h, TARGET)
     strata = torch.ones(1, ROWS, dtype=torch.float64)
     assert torch.equal(token_mass(weights, rows.log_sum.exp(), strata), one_head(head(), h, h, TARGET)[1])
     assert not compare(head(), h, head(), h, TARGET)[1].any()
@@ -285,7 +285,7 @@ def test_distributions_without_overlap_have_a_js_of_log_2() -> None:
 
 def test_the_reference_keeps_its_favourite_tokens_in_order() -> None:
     h = states()
-    rows, _ = reference_rows(head(), h, TARGET)
+    rows, *_ = reference_rows(head(), h, TARGET)
     log_q = (h.double() @ head().weight.double().T).log_softmax(1)
     assert rows.top.shape == (ROWS, tiles.TOP_TOKENS)
     assert torch.equal(rows.top, log_q.topk(tiles.TOP_TOKENS, dim=1).indices)

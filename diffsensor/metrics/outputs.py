@@ -188,7 +188,7 @@ MAX_TOKEN_GAIN = MetricInfo(
     low=0.0,
     high=1.0,
     direction="live minus reference: the largest p_v - q_v of one token at one position",
-    estimator="exact with both heads; with one head searched where a limit on the gain is largest, and `bound` says "
-    "how much larger it may be. No standard error: it is a maximum",
+    estimator="exact in the full class; in the light class searched where a limit on the gain is largest, and `bound` "
+    "says how much larger it may be. No standard error: it is a maximum",
     blind_to="many small gains",
 )

@@ -169,7 +169,8 @@ class LightPass:
                 mean_d += torch.linalg.vecdot(log_q.exp_(), d)
                 if logit_sums is not None and strata is not None:
                     logit_sums[:, start:stop] += strata @ d.double()
-        log_sum, mean_shifted, scale = total.log(), product / total, total.clone()
+        log_sum, mean_shifted = total.log(), product / total
+        scale = log_sum.exp()
         has_target = ref.target >= 0
         of_target = weights.gather(1, ref.target.clamp_min(0)[:, None])[:, 0]
         at_target = torch.where(has_target, of_target.double().log(), 0.0)
@@ -357,12 +358,12 @@ class FullPass:
 
 def reference_rows(
     head: OutputHead, hidden: Float[Tensor, "pos dim"], target: Int[Tensor, " pos"]
-) -> tuple[ReferenceRows, Float[Tensor, "pos vocab"]]:
+) -> tuple[ReferenceRows, Float[Tensor, "pos vocab"], Float[Tensor, " pos"]]:
     """What is cached of the reference at these positions.
 
     The numbers that a reading is compared with (`log_sum`, `entropy`, `target_logprob`) come out of the same
     pass that the live model will go through, so that an unchanged model reads exactly 0. Returned with
-    exp(z - log_partition), tokens x vocabulary: call with few positions.
+    its probabilities times a scale, tokens x vocabulary, and that scale: call with few positions.
     """
     top = hidden.new_zeros(len(hidden), 0, dtype=torch.int64)
     top_logits = hidden.new_zeros(len(hidden), 0, dtype=torch.float32)
@@ -389,12 +390,12 @@ def reference_rows(
     sums, weights = LightPass(head, hidden.device).pass_over(hidden, rows)
     rows = replace(
         rows,
-        top_probability=(weights / sums.log_sum.exp().float()[:, None]).gather(1, top),
+        top_probability=weights.gather(1, top) / sums.scale.float()[:, None],
         log_sum=sums.log_sum,
         entropy=sums.log_sum - sums.mean_shifted,
         target_logprob=sums.at_target - sums.log_sum,
     )
-    return rows, weights
+    return rows, weights, sums.scale
 
 
 def token_mass(

@@ -11,8 +11,8 @@ from torch import Tensor
 from diffsensor.metrics.activations import ACTIVATION_METRICS, CKA_DISTANCE, MEAN_SHIFT
 from diffsensor.metrics.cka import POSITIONS, UNSTABLE_BELOW, cka_distance
 from diffsensor.protocols import OutputHead, ReferenceAnswers
-from diffsensor.sensors.means import ProbeSums, Strata, readings_of, strata_of
-from diffsensor.statistics import Estimate, ratio_means
+from diffsensor.sensors.means import ProbeSums, readings_of
+from diffsensor.statistics import Estimate, Strata, ratio_means, strata_of
 from diffsensor.types import ALL_PROBES, FIXED_BANK, Findings, MetricInfo, Piece, Reading, log_key
 
 

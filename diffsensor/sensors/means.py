@@ -2,32 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from diffsensor.protocols import Probes
-from diffsensor.statistics import Estimate, ratio_means
-from diffsensor.types import ALL_PROBES, WORST_GROUP, MetricInfo, Reading
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Strata:
-    """What a metric is read over: all probes, then each group; with the weight of every probe in it."""
-
-    names: tuple[str, ...]
-    weights: Float[Tensor, "stratum probe"]
-
-
-def strata_of(probes: Probes) -> Strata:
-    weights = probes.weights.double()
-    member = torch.tensor([[group == name for group in probes.groups] for name in probes.group_names], dtype=torch.bool)
-    return Strata(
-        names=(ALL_PROBES, *probes.group_names),
-        weights=torch.cat([weights[None], weights * member.reshape(-1, len(weights))]),
-    )
+from diffsensor.statistics import Estimate, Strata, ratio_means
+from diffsensor.types import WORST_GROUP, MetricInfo, Reading
 
 
 class ProbeSums:

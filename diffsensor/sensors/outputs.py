@@ -20,10 +20,10 @@ from diffsensor.metrics.outputs import (
 )
 from diffsensor.metrics.tiles import FullPass, LightPass, Sums, tiles
 from diffsensor.protocols import OutputHead, ReferenceAnswers
-from diffsensor.sensors.means import ProbeSums, readings_of, strata_of
+from diffsensor.sensors.means import ProbeSums, readings_of
 from diffsensor.sensors.tails import quantile, worst_mean
 from diffsensor.sensors.token_table import token_table
-from diffsensor.statistics import Estimate
+from diffsensor.statistics import Estimate, strata_of
 from diffsensor.types import Cost, Findings, MetricInfo, Piece, Reading, TokenShift
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from diffsensor.head import LinearHead
 from diffsensor.protocols import OutputHead, ReferenceAnswers
-from diffsensor.sensors.means import strata_of
-from diffsensor.statistics import ratio_means
+from diffsensor.statistics import ratio_means, strata_of
 from diffsensor.types import TokenShift
 
 #: Lines in each direction and by each of the two rankings, for all probes and for each group.
