@@ -1,6 +1,7 @@
 """Similarity of two representations up to rotation and scale: debiased linear CKA."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -33,21 +34,41 @@ def cka_distance(
     all over positions. `owner` is the probe of each position. Kornblith et al. 2019 (arXiv 1905.00414);
     debiasing as in Nguyen et al. 2021 (arXiv 2010.15327).
     """
-    k, l = _hollow(_gram(ref)), _hollow(_gram(live))  # noqa: E741
-    names, member = owner.unique(return_inverse=True)
-    # The first column keeps all, the others leave out one probe each.
-    kept = torch.cat([k.new_ones(len(k), 1), 1 - torch.nn.functional.one_hot(member, len(names)).to(k)], dim=1)
-    row_k, row_l = k @ kept, l @ kept
-    cross, own_k, own_l = (
-        _hsic(k * l, row_k, row_l, kept),
-        _hsic(k * k, row_k, row_k, kept),
-        _hsic(l * l, row_l, row_l, kept),
-    )
+    return cka_distance_from(CkaSide.of(ref, owner), live)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CkaSide:
+    """What one representation brings into the comparison; of the reference it is the same at every reading."""
+
+    gram: Float[Tensor, "pos pos"]
+    rows: Float[Tensor, "pos case"]
+    own: Float[Tensor, " case"]
+    #: Of each case the positions that it keeps: first all of them, then all but those of one probe.
+    kept: Float[Tensor, "pos case"]
+
+    @classmethod
+    def of(cls, x: Float[Tensor, "pos width"], owner: Int[Tensor, " pos"]) -> "CkaSide":
+        names, member = owner.unique(return_inverse=True)
+        without = 1 - torch.nn.functional.one_hot(member, len(names)).double()
+        return cls.keeping(x, torch.cat([torch.ones_like(without[:, :1]), without], dim=1))
+
+    @classmethod
+    def keeping(cls, x: Float[Tensor, "pos width"], kept: Float[Tensor, "pos case"]) -> "CkaSide":
+        gram = _hollow(_gram(x))
+        rows = gram @ kept
+        return cls(gram=gram, rows=rows, own=_hsic(gram * gram, rows, rows, kept), kept=kept)
+
+
+def cka_distance_from(ref: CkaSide, live: Float[Tensor, "pos width"]) -> tuple[float, float]:
+    """`cka_distance` with the reference's side at hand."""
+    other = CkaSide.keeping(live, ref.kept)
+    cross = _hsic(ref.gram * other.gram, ref.rows, other.rows, ref.kept)
     # Two roots and not the root of a product, unless the two are the same: sqrt(x * x) is x to the last bit.
-    scale = torch.where(own_k == own_l, own_k, (own_k.clamp_min(0).sqrt() * own_l.clamp_min(0).sqrt()))
+    scale = torch.where(ref.own == other.own, ref.own, ref.own.clamp_min(0).sqrt() * other.own.clamp_min(0).sqrt())
     distance = 1 - cross / scale
     value, without = float(distance[0]), distance[1:]
-    count = len(names)
+    count = len(without)
     if count < 2:
         return value, math.nan
     return value, math.sqrt((count - 1) / count * float((without - without.mean()).square().sum()))

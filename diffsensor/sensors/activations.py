@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from diffsensor.metrics.activations import ACTIVATION_METRICS, CKA_DISTANCE, MEAN_SHIFT
-from diffsensor.metrics.cka import POSITIONS, UNSTABLE_BELOW, cka_distance
+from diffsensor.metrics.cka import POSITIONS, UNSTABLE_BELOW, CkaSide, cka_distance_from
 from diffsensor.protocols import OutputHead, ReferenceAnswers
 from diffsensor.sensors.means import ProbeSums, readings_of
 from diffsensor.statistics import Estimate, Strata, ratio_means, strata_of
@@ -25,20 +25,26 @@ class Activations:
 
     name = "activations"
 
+    def __init__(self) -> None:
+        # The reference's part of CKA, kept from reading to reading, by hookpoint.
+        self._cka_sides: tuple[ReferenceAnswers, dict[str, CkaSide]] | None = None
+
     @property
     def metrics(self) -> Mapping[str, MetricInfo]:
         infos = [metric.info for metric in ACTIVATION_METRICS.values()]
         return {info.name: info for info in (*infos, MEAN_SHIFT, CKA_DISTANCE)}
 
     def open(self, reference: ReferenceAnswers, live_head: OutputHead) -> "ActivationsFold":
-        return ActivationsFold(self.name, reference)
+        if self._cka_sides is None or self._cka_sides[0] is not reference:
+            self._cka_sides = (reference, {})
+        return ActivationsFold(self.name, reference, self._cka_sides[1])
 
 
 class ActivationsFold:
     """One reading of `Activations` while it is being taken."""
 
-    def __init__(self, sensor: str, reference: ReferenceAnswers) -> None:
-        self._sensor, self._reference = sensor, reference
+    def __init__(self, sensor: str, reference: ReferenceAnswers, cka_sides: dict[str, CkaSide]) -> None:
+        self._sensor, self._reference, self._cka_sides = sensor, reference, cka_sides
         self._strata = strata_of(reference.probes)
         self._at = {name: _Hookpoint(reference, name) for name in reference.hookpoints}
 
@@ -68,7 +74,9 @@ class ActivationsFold:
             return None
         ref, live = (torch.cat(rows) for rows in zip(*seen.kept, strict=True))
         owner = self._reference.plan.probe[seen.cka_positions].to(live.device)
-        value, stderr = cka_distance(ref, live, owner)
+        if hookpoint not in self._cka_sides:
+            self._cka_sides[hookpoint] = CkaSide.of(ref, owner)
+        value, stderr = cka_distance_from(self._cka_sides[hookpoint], live)
         if not math.isfinite(value):
             return None
         return Reading(
