@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsensor.capture import Capture, leave_no_trace, random_states_kept, require_same_context
-from diffsensor.errors import ConfigError, ReferenceMismatchError
+from diffsensor.errors import CaptureError, ConfigError, ReferenceMismatchError
 from diffsensor.probes import ProbeSet
 from diffsensor.protocols import Fold, OutputHead, Schedule, Sensor, Sink
 from diffsensor.record import MANIFEST, Record, read_manifest
@@ -74,6 +74,7 @@ class Monitor:
         bank: str = FIXED_BANK,
         resume: bool = False,
     ) -> None:
+        _require_arguments(probes, schedule, hookpoints)
         self.probes = probes
         self.reference = reference if isinstance(reference, Reference) else None
         self.sensors = resolve_sensors(sensors)
@@ -103,6 +104,8 @@ class Monitor:
         To be called under the autocast and on the device that later readings have; `observe` and `read` do it
         where it has not been done.
         """
+        if not isinstance(model, nn.Module):
+            raise CaptureError(f"The model given is a {type(model).__name__}, expected a torch.nn.Module.")
         resume = self._resume and self._resumes_record()
         if self.reference is None:
             fingerprint = self._fingerprint or (self._recorded_fingerprint() if resume else None)
@@ -319,6 +322,18 @@ class Monitor:
             "context": asdict(self.reference.context),
             "metrics": {name: asdict(info) for sensor in self.sensors for name, info in sensor.metrics.items()},
         }
+
+
+def _require_arguments(probes: object, schedule: object, hookpoints: object) -> None:
+    if not isinstance(probes, ProbeSet):
+        raise ConfigError(
+            f"probes is a {type(probes).__name__}, expected a probe set: ProbeSet.from_texts(texts, tokenizer), or "
+            "ProbeSet.default(tokenizer)."
+        )
+    if schedule is not None and not callable(schedule):
+        raise ConfigError(f"schedule={schedule!r} was given, expected a function of the step, such as every(50).")
+    if not isinstance(hookpoints, Sequence):
+        raise ConfigError(f"hookpoints={hookpoints!r} was given, expected 'auto' or a sequence of names and globs.")
 
 
 def _open_into(folds: dict[str, Fold], sensor: Sensor, reference: Reference, head: OutputHead) -> None:

@@ -53,7 +53,7 @@ def test_another_tokenizer_than_the_models(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wanted", "parts"),
     [
-        ("ligth", ["No cost class is named 'ligth'", r"Did you mean 'light'\?", "Known: light, full"]),
+        ("ligth", ["No set of sensors is named 'ligth'", r"Did you mean 'light'\?", "Known: light, full"]),
         (["output"], ["No sensor is named 'output'", "Did you mean 'outputs'", "activations"]),
         ([], ["No sensor was given", "Expected 'light', 'full' or a list"]),
         (["outputs", "outputs"], ["'outputs' was given twice", "Give each sensor once"]),
@@ -117,3 +117,27 @@ def test_weights_that_mean_nothing(weights: list[float]) -> None:
 def test_a_group_with_a_reserved_name(name: str) -> None:
     with refused(ConfigError, "worst", "Give the group another name"):
         ProbeSet.from_tensors(torch.tensor([[3, 4], [5, 6]]), groups=[name, "a"])
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ({"probes": ["a", "b"]}, ["probes is a list", "ProbeSet.from_texts"]),
+        ({"schedule": 50}, ["schedule=50", r"every\(50\)"]),
+        ({"hookpoints": 2}, ["hookpoints=2", "'auto' or a sequence"]),
+        ({"sensors": ["kl_ref_live"]}, ["No sensor is named 'kl_ref_live'", "is a metric of the sensor 'outputs'"]),
+    ],
+    ids=["probes", "schedule", "hookpoints", "sensors"],
+)
+def test_an_argument_of_another_kind(given: dict[str, Any], parts: list[str]) -> None:
+    probes: Any = probe_set([text(3, 4, 5)])
+    with refused(ConfigError, *parts):
+        Monitor(**({"probes": probes} | given))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_no_model() -> None:
+    nothing: Any = None
+    with refused(CaptureError, "is a NoneType", "expected a torch.nn.Module"):
+        Monitor(probe_set([text(3, 4, 5)])).read(nothing, 0)

@@ -60,6 +60,14 @@ def test_the_reading_benchmark_runs_every_method(tmp_path: Path, capsys: pytest.
     assert "metrics/tiles.py" in shown
 
 
+def test_the_trainers_benchmark_runs(tmp_path: Path) -> None:
+    bench = script("bench_trainers")
+    assert bench.main(["--quick", "--json", str(tmp_path / "rows.json")]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert {row["trainer"] for row in rows} >= {"SFT", "GRPO"}
+    assert all(row["ratio"] > 0 for row in rows)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_reading_benchmark_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert script("bench_reading").main(["--cuda"]) == 0

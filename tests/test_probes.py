@@ -20,7 +20,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, processors
+from tokenizers import Tokenizer, decoders, models, processors
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -968,3 +968,15 @@ def test_a_place_that_is_no_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file"):
         from_lists([[1, 2]], [[True] * 2]).save(tmp_path / "file")
+
+
+def test_a_single_token_is_shown_with_the_space_it_begins_with() -> None:
+    sentencepiece_like = Tokenizer(models.BPE({"▁": 0, "t": 1, "▁t": 2}, [("▁", "t")]))
+    sentencepiece_like.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    probes = ProbeSet.from_tensors(
+        torch.tensor([[1, 2]]), tokenizer=PreTrainedTokenizerFast(tokenizer_object=sentencepiece_like)
+    )
+    assert [probes.decode([token]) for token in (0, 1, 2)] == [" ", "t", " t"]
+    assert probes.decode([2, 1]) == "tt"

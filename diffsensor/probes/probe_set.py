@@ -361,7 +361,13 @@ class ProbeSet:
         numbers = [int(number) for number in ids]
         if self._tokenizer is None:
             return "".join(f"⟨{number}⟩" for number in numbers)
-        return str(self._tokenizer.decode(numbers))
+        text = str(self._tokenizer.decode(numbers))
+        if len(numbers) == 1:
+            # Some tokenizers drop the space that a text begins with, and with it what tells ' the' from 'the':
+            # where the token stands a second time, it is whole.
+            twice = str(self._tokenizer.decode(numbers * 2))
+            return twice.removeprefix(text) if twice.startswith(text) and twice != text else text
+        return text
 
     def first(self) -> Batch:
         """The first probe alone, a text cut to 32 tokens: enough to try a model out."""

@@ -24,7 +24,7 @@ def resolve_sensors(wanted: str | Sequence[str | Sensor]) -> tuple[Sensor, ...]:
     """The sensors meant by "light", "full", or a list of names and sensors."""
     if isinstance(wanted, str):
         if wanted not in COST_CLASSES:
-            raise ConfigError(unknown("cost class", wanted, COST_CLASSES))
+            raise ConfigError(unknown("set of sensors", wanted, COST_CLASSES))
         wanted = COST_CLASSES[wanted]
     sensors = tuple(_named(part) if isinstance(part, str) else part for part in wanted)
     if not sensors:
@@ -43,5 +43,7 @@ def resolve_sensors(wanted: str | Sequence[str | Sensor]) -> tuple[Sensor, ...]:
 
 def _named(name: str) -> Sensor:
     if name not in SENSORS:
-        raise ConfigError(unknown("sensor", name, SENSORS))
+        owners = [sensor for sensor, make in SENSORS.items() if name in make().metrics]
+        hint = f" {name!r} is a metric of the sensor {owners[0]!r}." if owners else ""
+        raise ConfigError(unknown("sensor", name, SENSORS) + hint)
     return SENSORS[name]()

@@ -120,7 +120,7 @@ def _watch(
     show_tokens(console, story)
     show_verdict(console, story)
     show_blindness(console, story)
-    show_places(console, request.out / "record", [summary, *plots])
+    show_places(console, request.out / "record", summary, plots)
     return story
 
 

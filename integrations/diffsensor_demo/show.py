@@ -94,7 +94,7 @@ def show_tokens(console: Console, story: Story) -> None:
             continue
         places = {shift.token_id: shift.rank + 1 for shift in story.up_weighted(middle, ranking)}
         table = Table(
-            title=f"{_TITLES[ranking]} by step {end} (was: place at {middle})",
+            title=f"{_TITLES[ranking]} by step {end} (was: rank at step {middle})",
             title_justify="left",
             box=SIMPLE_HEAD,
             pad_edge=False,
@@ -153,9 +153,10 @@ def show_blindness(console: Console, story: Story) -> None:
     )
 
 
-def show_places(console: Console, record: Path, plots: list[Path]) -> None:
+def show_places(console: Console, record: Path, summary: Path, plots: list[Path]) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_row("Record", Text(str(record)))
+    table.add_row("Summary", Text(str(summary)))
     for number, plot in enumerate(plots):
         table.add_row("" if number else "Plots", Text(str(plot)))
     console.print(table)
