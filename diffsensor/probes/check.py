@@ -72,7 +72,9 @@ def check_file(path: str | os.PathLike[str], tokenizer: Tokenizer, max_length: i
     try:
         contents = Path(path).read_bytes()
     except OSError as error:
-        raise ProbeError(f"{os.fspath(path)} cannot be read: {error.strerror}. Give a file that exists.") from error
+        raise ProbeError(
+            f"{os.fspath(path)} cannot be read: {error.strerror}. Give a .jsonl file that can be read."
+        ) from error
     lines = list(parse_lines(contents, os.fspath(path)))
     if not lines:
         raise ProbeError(f'{os.fspath(path)} holds no record. Give at least one such as {{"text": "..."}}.')
@@ -234,7 +236,8 @@ def _problems(
             "give a larger --max-length."
         )
     if num_different < FEWEST_PROBES:
-        yield f"There are {num_different} different probes. Give at least {FEWEST_PROBES}; 128 are a good number."
+        kinds = "There is 1 probe" if num_different == 1 else f"There are {num_different} different probes"
+        yield f"{kinds}. Give at least {FEWEST_PROBES}; 128 are a good number."
     few = [group for group in groups if group.group != ALL_PROBES and group.num_probes < FEWEST_IN_GROUP]
     if few:
         told = listed(f"{group.group!r} has {group.num_probes}" for group in few)

@@ -89,6 +89,8 @@ def _watch(
     settings = Settings(steps=request.steps, every=every, length=length, learning_rate=request.learning_rate)
     # A step that is read, so that its reading is the last one without the habit.
     middle = request.steps // 2 // every * every
+    planted = f" At step {middle} the texts begin to hold a planted habit; see whether it is found." if habit else ""
+    console.print(f"{request.steps} steps of fine-tuning, read every {every} against the model before them.{planted}")
 
     def encode(some: Sequence[str]) -> Sequence[Sequence[int]]:
         ids: list[list[int]] = tokenizer(list(some))["input_ids"]
