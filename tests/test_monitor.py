@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsensor import Findings, MetricInfo, Monitor, ProbeSet, Reading, Reference, every, log_spaced, read_record
-from diffsensor.errors import ConfigError, ReferenceMismatchError, StorageError
+from diffsensor.errors import ConfigError, CorruptFileError, ReferenceMismatchError, StorageError
 from diffsensor.sensors import Activations, Outputs
 from diffsensor.types import Piece
 from tiny import Kept, Letters, Text, frozen_head, llama, own_model, probe_set, texts
@@ -434,3 +434,11 @@ def test_sensors_are_named_or_given(tmp_path: Path) -> None:
     model = llama()
     found = Monitor(probe_set(), sensors=[Counting(), "outputs", Activations()], cache_dir=tmp_path).read(model, 0)
     assert {reading.sensor for reading in found} == {"counting", "outputs", "activations"}
+
+
+def test_a_state_under_another_name_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    monitor = Monitor(probe_set())
+    monitor.save(tmp_path / "state.json")
+    (tmp_path / "state.json").rename(tmp_path / "other.json")
+    with pytest.raises(CorruptFileError, match="holds 'state', expected 'other': it has been renamed"):
+        monitor.load(tmp_path / "other.json")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import naive
-from diffsensor import Monitor, Reference
+from diffsensor import Monitor, ProbeSet, Reference
 from diffsensor.types import Plan
 from tiny import HEADS, VOCAB, Text, drifted, frozen_head, llama, own_model, probe_set, readings, scaled, texts
 
@@ -334,3 +334,29 @@ def test_logit_scale_and_own_models_are_among_the_cases() -> None:
     assert not hasattr(own_model(), "get_output_embeddings")
     assert len({make().__class__ for make in HEADS.values()}) > 6
     assert VOCAB > 50
+
+
+@pytest.mark.parametrize("sensors", ["light", "full"])
+def test_a_group_of_weight_0_has_no_numbers_and_takes_none_from_the_others(sensors: str, tmp_path: Path) -> None:
+    model = llama()
+    tokens = torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(0))
+    groups = ["in", "in", "out", "out"]
+    probes = ProbeSet.from_tensors(tokens, groups=groups, weights=[1.0, 1.0, 0.0, 0.0])
+    monitor = Monitor(probes, Reference.build(model, probes, tmp_path), sensors=sensors)
+    found = {reading.key: reading.value for reading in monitor.read(drifted(model), 0)}
+    assert monitor.failures == {}
+    assert math.isnan(found["diffsensor/kl_ref_live/group=out"])
+    assert found["diffsensor/kl_ref_live/group=in"] == found["diffsensor/kl_ref_live"] > 0
+    assert found["diffsensor/kl_ref_live/group=worst"] == found["diffsensor/kl_ref_live"]
+    assert found["diffsensor/max_token_gain/group=in"] == found["diffsensor/max_token_gain"] > 0
+
+
+def test_a_head_that_moved_is_not_taken_for_still_where_the_hidden_states_are_the_same(tmp_path: Path) -> None:
+    model = llama()
+    probes = ProbeSet.from_tensors(torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(0)))
+    reference = Reference.build(model, probes, tmp_path)
+    live = copy.deepcopy(model)
+    with torch.no_grad():
+        live.lm_head.weight[7] += 1e-6
+    (gain,) = [each for each in Monitor(probes, reference).read(live, 0) if each.metric == "max_token_gain"]
+    assert gain.value + gain.bound > 0

@@ -57,7 +57,7 @@ def readings_of(
         )
         for group, found, bound in zip(strata.names, estimates, bounds or [0.0] * len(estimates), strict=True)
     ]
-    groups = readings[1:]
+    groups = [reading for reading in readings[1:] if reading.num_probes]  # those that have any weight
     if not groups:
         return readings
     distance = abs if info.worst == "furthest_from_zero" else float

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from diffsensor.errors import ConfigError
@@ -191,7 +191,7 @@ class OutputsFold:
             gains, limits = self._search_gains(limits, hidden, members)
         largest, bounds = [], []
         for member in members:
-            if bool(values["max_gain"][member].isnan().any()):
+            if not bool(member.any()) or bool(values["max_gain"][member].isnan().any()):
                 largest.append(math.nan)
                 bounds.append(0.0)
             else:
@@ -226,17 +226,20 @@ class OutputsFold:
         promising = torch.cat([(limits * member).topk(min(each, len(limits))).indices for member in members]).unique()
         promising = promising[limits[promising] > 0]
         gains = torch.zeros_like(limits)
+        everywhere = slice(0, self._reference.plan.num_positions)
+        ref_hidden = self._reference.rows(everywhere, torch.device("cpu")).hidden[promising.cpu()].to(hidden.device)
         # Small portions: two rows of the vocabulary for each position.
         for start, stop in tiles(len(promising), 16):
             some = promising[start:stop]
-            gains[some] = self._gain_at(some, hidden[some])
+            gains[some] = self._gains(hidden[some], ref_hidden[start:stop])
         limits = limits.clone()
         limits[promising] = gains[promising]
         return gains, limits
 
-    def _gain_at(self, positions: Int[Tensor, " some"], hidden: Float[Tensor, "some dim"]) -> Float[Tensor, " some"]:
-        ref_hidden = self._reference.rows(slice(0, self._reference.plan.num_positions), torch.device("cpu")).hidden
-        ref_hidden = ref_hidden[positions.cpu()].to(hidden.device)
+    def _gains(
+        self, hidden: Float[Tensor, "some dim"], ref_hidden: Float[Tensor, "some dim"]
+    ) -> Float[Tensor, " some"]:
+        """The largest p - q at each of some positions."""
         size = self._live_head.vocab_size
         with full_precision(hidden.device):
             if self._ref_head is self._live_head:

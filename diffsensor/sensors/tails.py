@@ -21,8 +21,8 @@ def quantile(
     Error: the standard error of the share below it, clustered by probe, carried over to the scale of the
     values (Woodruff 1952, Confidence intervals for medians and other position measures).
     """
-    if bool(values[weights[owner] > 0].isnan().any()):
-        return Estimate(value=math.nan, stderr=math.nan, num_probes=0)
+    if (unknown := _unknown(values, owner, weights)) is not None:
+        return unknown
     ordered, position_weight = _ordered(values, owner, weights)
     value = _at_share(ordered, position_weight, share)
     below = clustered_mean((values <= value).double(), owner, weights, num_probes)
@@ -43,8 +43,8 @@ def worst_mean(
 
     Error: of the mean of its influence function, threshold + max(value - threshold, 0) / share, clustered.
     """
-    if bool(values[weights[owner] > 0].isnan().any()):
-        return Estimate(value=math.nan, stderr=math.nan, num_probes=0)
+    if (unknown := _unknown(values, owner, weights)) is not None:
+        return unknown
     ordered, position_weight = _ordered(values, owner, weights)
     wanted = max(share * float(position_weight.sum()), float(position_weight[-1]))
     from_top = position_weight.flip(0)
@@ -56,6 +56,15 @@ def worst_mean(
     influence = threshold + (values - threshold).clamp_min(0) / (wanted / float(position_weight.sum()))
     error = clustered_mean(influence, owner, weights, num_probes)
     return Estimate(value=value, stderr=error.stderr, num_probes=error.num_probes)
+
+
+def _unknown(values: Tensor, owner: Tensor, weights: Tensor) -> Estimate | None:
+    """The estimate where no position counts, or one that does is NaN."""
+    counted = weights[owner] > 0
+    if bool(counted.any()) and not bool(values[counted].isnan().any()):
+        return None
+    num_probes = int(torch.bincount(owner[counted]).count_nonzero())
+    return Estimate(value=math.nan, stderr=math.nan, num_probes=num_probes)
 
 
 def _ordered(values: Tensor, owner: Tensor, weights: Tensor) -> tuple[Float[Tensor, " pos"], Float[Tensor, " pos"]]:

@@ -52,6 +52,9 @@ def parse_json(file: Path, data: bytes) -> dict[str, Any]:
         raise CorruptFileError(
             f"{file} has format {members.get('format')}, this diffsensor reads {FORMAT}. Use the version that wrote it."
         )
+    if file.stem not in members:
+        held = ", ".join(repr(name) for name in members if name != "format")
+        raise CorruptFileError(f"{file} holds {held}, expected {file.stem!r}: it has been renamed. Name it as it was.")
     content: dict[str, Any] = members[file.stem]
     return content
 
