@@ -40,6 +40,10 @@ class NonFiniteError(DiffSensorError, ArithmeticError):
     """Answers of a model that are not numbers."""
 
 
+class RefusedError(DiffSensorError, RuntimeError):
+    """An action that this run cannot carry out now."""
+
+
 def listed(names: Iterable[str], limit: int = 12) -> str:
     """The names in order, separated by commas; at most `limit`, then how many more there are."""
     names = list(names)

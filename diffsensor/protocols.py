@@ -1,13 +1,25 @@
 """The verbs: what a part must do to take part. Each method is documented here, once."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from diffsensor.types import Findings, MetricInfo, Piece, Plan, ReferenceRows
+from diffsensor.types import (
+    Ability,
+    Alert,
+    Findings,
+    Judgement,
+    MetricInfo,
+    Piece,
+    Plan,
+    ReferenceRows,
+    Scope,
+    Severity,
+    Verdict,
+)
 
 
 @runtime_checkable
@@ -150,3 +162,131 @@ class Sink(Protocol):
     def write(self, findings: Findings) -> None: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """Turns what was read, look by look, into signals. What happens next is not its business.
+
+    Its state is of plain types and complete: a rule that is loaded with it goes on as if nothing had happened.
+    """
+
+    @property
+    def name(self) -> str:
+        """Tells the rules of one monitor apart, in alerts and in stored state."""
+        ...
+
+    @property
+    def severity(self) -> Severity: ...
+
+    @property
+    def cooldown(self) -> int:
+        """After an alert on a subject, further ones within so many looks are counted, not sent."""
+        ...
+
+    @property
+    def metrics(self) -> frozenset[str]:
+        """The metrics it looks at; empty for one that looks at everything."""
+        ...
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether it may, by itself, end or turn back a run. False for one that only ever warns."""
+        ...
+
+    def check(self, scope: Scope) -> None:
+        """Raise `ConfigError`, with the closest valid choice, unless this rule can work on what will be read.
+
+        Called before the first look, and again when a run goes on.
+        """
+        ...
+
+    def update(self, findings: Findings) -> Judgement:
+        """Take in one look. Looks come in order of step; alerts are not yet in the findings."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Criterion(Protocol):
+    """A rule that can also judge one look by itself, without what came before: what a gate is made of."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def metrics(self) -> frozenset[str]: ...
+
+    def check(self, scope: Scope) -> None: ...
+
+    def verdict(self, findings: Findings) -> Verdict:
+        """Pass, fail, or unknown where what it needs was not read, or does not tell."""
+        ...
+
+
+@runtime_checkable
+class Controller(Protocol):
+    """What a run lets an action ask for. Each request is carried out between two steps.
+
+    Each returns a clause on what it did ("learning rate 1e-4 -> 5e-5 in 2 groups") and raises `RefusedError`, with a
+    sentence, where it cannot be done now.
+    """
+
+    def cannot(self, ability: Ability) -> str:
+        """Why this run can never do that, as a sentence with the remedy; "" where it can."""
+        ...
+
+    def stop(self, reason: str) -> str:
+        """End the run after this step, as if it were over: with its last checkpoint and its closing hooks."""
+        ...
+
+    def save_checkpoint(self, reason: str) -> str: ...
+
+    def scale_learning_rate(self, factor: float) -> str:
+        """Multiply every learning rate, and those from which a scheduler makes them, by `factor`."""
+        ...
+
+    def kl_coefficient(self) -> float:
+        """The coefficient of the KL penalty as it is now."""
+        ...
+
+    def set_kl_coefficient(self, value: float) -> str: ...
+
+    def keep(self, step: int) -> None:
+        """The model as it is now has passed: this is where `rollback` goes. Called only if something may roll back."""
+        ...
+
+    def rollback(self, reason: str) -> str:
+        """Put weights, optimizer and random states back to those last kept. Data and step go on."""
+        ...
+
+    def pause(self, reason: str) -> str:
+        """Wait until a person lets the run go on."""
+        ...
+
+
+@runtime_checkable
+class Action(Protocol):
+    """One thing to be asked of a run when a rule is breached."""
+
+    @property
+    def name(self) -> str:
+        """As it is shown in the record: scale_learning_rate(0.5)."""
+        ...
+
+    @property
+    def needs(self) -> Ability | None:
+        """What the run must be able to do for it; None where nothing is asked of the run."""
+        ...
+
+    @property
+    def at_most(self) -> int | None:
+        """How often in a run; None for any number of times."""
+        ...
+
+    def __call__(self, alert: Alert, controller: Controller) -> str:
+        """Ask for it. Returns a clause on what was done; raises `RefusedError` where it was not."""
+        ...

@@ -1,8 +1,11 @@
 """The record: a run's directory, which holds all that was read and survives a kill at any moment.
 
     manifest.json    what the run was begun with; written once
-    tokens.jsonl     the token table; lines.py says what a line is
-    readings.jsonl   the readings
+    readings.jsonl   the readings; storage/lines.py says what a line is
+    tokens.jsonl     the token table
+    alerts.jsonl     what rules told
+    actions.jsonl    what was asked of the run, and what became of it
+    verdicts.jsonl   what the gate said of checkpoints
     tensors/         step-XXXXXXXX.safetensors, the vectors of one step
     state.json       what a resumed run needs
     checksums.json   SHA-256 of the manifest and of the files in tensors/; how long the lines were when last closed
@@ -37,7 +40,7 @@ from diffsensor.storage.atomic import TEMPORARY, stage, store
 from diffsensor.storage.checked_json import RESTORE, json_bytes, parse_json, plain, read_json
 from diffsensor.storage.lines import LINE_FILES, append, encode, read_lines, set_aside
 from diffsensor.storage.lock import LOCK, release_lock, take_lock
-from diffsensor.types import Findings, Reading, TokenShift
+from diffsensor.types import ActionTaken, Alert, Findings, Reading, TokenShift, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +50,18 @@ MUST_AGREE = ("reference", "probes")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordContents:
-    """What a record holds, ordered by step. Of a step that was written more than once, the last write as a whole."""
+    """What a record holds, ordered by step. Of a step that was read more than once, the last look as a whole.
+
+    Actions and verdicts are all there, in the order in which they came about: what was done was done.
+    """
 
     path: Path
     manifest: Mapping[str, object]
     readings: tuple[Reading, ...]
     token_shifts: tuple[TokenShift, ...]
+    alerts: tuple[Alert, ...]
+    actions: tuple[ActionTaken, ...]
+    verdicts: tuple[Verdict, ...]
     tensor_steps: tuple[int, ...]
 
     def tensors(self, step: int) -> dict[str, Tensor]:
@@ -78,9 +87,10 @@ class RecordContents:
 class Record:
     """Writes findings into a run's directory. A sink: one `write` is one look at the model, all of it or nothing.
 
-    Once `write` has returned, no kill of the process loses what it was given; a loss of power can, because lines are
-    not forced to the disk one by one. A write that was killed before it returned is there as a whole or not at all;
-    only its tensors may still be those of an earlier write of that step, until the resumed run reads the step again.
+    Once `write` has returned, no kill of the process loses what it was given. A loss of power can lose readings, which
+    are not forced to the disk one by one; alerts, actions and verdicts are. A write that was killed before it returned
+    is there as a whole or not at all; only its tensors may still be those of an earlier write of that step, until the
+    resumed run reads the step again.
     One monitor at a time may have a record open.
 
     **Arguments:**
@@ -130,8 +140,10 @@ class Record:
             try:
                 if findings.tensors:
                     checksums = self._stage_tensors(findings, staged)
-                for name, lines in data.items():
-                    append(self._files[name], self._lengths[name], lines)
+                for kind in LINE_FILES:
+                    append(self._files[kind.name], self._lengths[kind.name], data[kind.name])
+                    if kind.forced and data[kind.name]:
+                        os.fsync(self._files[kind.name].fileno())
                 for temporary, file in staged.items():
                     temporary.replace(file)
             except OSError:
@@ -203,19 +215,22 @@ def read_record(path: str | os.PathLike[str]) -> RecordContents:
     checksums = _read_checksums(path)
     lines, _ = read_lines(path, checksums.closed_at)
     newest: dict[int, int] = {}
-    for line in (line for kind in LINE_FILES for line in lines[kind]):
+    for line in (line for kind in LINE_FILES if kind.of_a_look for line in lines[kind]):
         newest[line.item.step] = max(line.write, newest.get(line.item.step, 0))
     standing = [
         line.item
         for kind in LINE_FILES
-        for line in sorted(lines[kind], key=lambda line: line.item.step)
-        if line.write == newest[line.item.step]
+        for line in (sorted(lines[kind], key=lambda line: line.item.step) if kind.of_a_look else lines[kind])
+        if not kind.of_a_look or line.write == newest[line.item.step]
     ]
     return RecordContents(
         path=path,
         manifest=manifest,
         readings=tuple(item for item in standing if isinstance(item, Reading)),
         token_shifts=tuple(item for item in standing if isinstance(item, TokenShift)),
+        alerts=tuple(item for item in standing if isinstance(item, Alert)),
+        actions=tuple(item for item in standing if isinstance(item, ActionTaken)),
+        verdicts=tuple(item for item in standing if isinstance(item, Verdict)),
         tensor_steps=tuple(sorted(int(Path(name).stem[5:]) for name in checksums.sha256 if name != MANIFEST)),
     )
 

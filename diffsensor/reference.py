@@ -1,6 +1,5 @@
 """What the reference model answers on the probes: computed once, kept on disk, opened by mmap."""
 
-import contextlib
 import json
 import logging
 import os
@@ -8,11 +7,10 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, final, runtime_checkable
+from typing import Any, final
 
 import safetensors
 import safetensors.torch
@@ -20,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from diffsensor.capture import Capture, leave_no_trace
+from diffsensor.capture import Capture, adapter_off, leave_no_trace, refuse_changed_base
 from diffsensor.errors import (
     CorruptFileError,
     DiffSensorError,
@@ -47,8 +45,6 @@ _KEPT_HEAD_BYTES = 256 * 2**20
 _SINK = 10.0
 #: Rows are shared where that brings the tokens that are run below this share.
 _PACKING_SAVES = 0.95
-#: Initialisations of LoRA that move a part of the base weights into the adapter.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 #: Parts of a configuration that change no answer, but from one run or version to the next.
 _NOT_OF_ANSWERS = {
     "transformers_version", "use_cache", "dtype", "torch_dtype", "pad_token_id", "bos_token_id", "eos_token_id",
@@ -57,22 +53,6 @@ _NOT_OF_ANSWERS = {
 _PACKING_TOLERANCE = 0.05
 #: Two rows of the same shape round alike, in every dtype; a mixture of experts may add in another order.
 _LEAK_TOLERANCE = 1e-6
-
-
-@runtime_checkable
-class SwitchesAdapter(Protocol):
-    """A model with adapters that can be switched off, as PEFT's can."""
-
-    def disable_adapter(self) -> AbstractContextManager[object]: ...
-
-
-@runtime_checkable
-class TakesAdapters(Protocol):
-    """A model that can take adapters into itself, as those of transformers do by `add_adapter`."""
-
-    def disable_adapters(self) -> None: ...
-
-    def enable_adapters(self) -> None: ...
 
 
 def cache_directory() -> Path:
@@ -131,7 +111,7 @@ class Reference:
         """
         capture = Capture(model, hookpoints, model_path)
         if not adapter:
-            _refuse_changed_base(capture.root)
+            refuse_changed_base(capture.root, "Reference.build(model, probes, adapter=True)")
         with leave_no_trace(capture.root), adapter_off(capture.root, leave_on=adapter):
             require_fitting(probes, capture)
             capture.try_out(probes.first(), is_text=probes.is_text)
@@ -267,52 +247,6 @@ def require_fitting(probes: ProbeSet, capture: Capture) -> None:
         probes.check_length(longest)
     if capture.is_causal_lm:
         probes.check_vocab(capture.vocab_size())
-
-
-@contextlib.contextmanager
-def adapter_off(root: nn.Module, *, leave_on: bool = False) -> Iterator[None]:
-    """The model without its adapters, where it has any that can be switched off."""
-    if leave_on:
-        off: AbstractContextManager[object] = contextlib.nullcontext()
-    elif isinstance(root, SwitchesAdapter):
-        off = root.disable_adapter()
-    elif isinstance(root, TakesAdapters) and getattr(root, "peft_config", None):
-        off = _taken_in_adapters_off(root)
-    else:
-        off = contextlib.nullcontext()
-    # Switching back on makes adapter parameters trainable that the user had frozen.
-    trainable = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
-    try:
-        with off:
-            yield
-    finally:
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
-
-
-@contextlib.contextmanager
-def _taken_in_adapters_off(root: TakesAdapters) -> Iterator[None]:
-    assert isinstance(root, nn.Module)
-    if any(getattr(module, "disable_adapters", None) is True for module in root.modules()):
-        yield  # they are off already, and stay so
-        return
-    root.disable_adapters()
-    try:
-        yield
-    finally:
-        root.enable_adapters()
-
-
-def _refuse_changed_base(root: nn.Module) -> None:
-    """Raise where switching the adapter off would not give the model that training began with."""
-    for name, config in getattr(root, "peft_config", {}).items():
-        init = getattr(config, "init_lora_weights", None)
-        if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
-            raise ReferenceMismatchError(
-                f"The adapter {name!r} was initialised with init_lora_weights={init!r}, which takes a part out of the "
-                "base weights: with the adapter off this is not the model that training began with. Take the model "
-                "as it is before the first step instead: Reference.build(model, probes, adapter=True)."
-            )
 
 
 def packing_pays(probes: ProbeSet) -> bool:

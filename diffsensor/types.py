@@ -13,8 +13,15 @@ from diffsensor.errors import ConfigError
 Scale = Literal["linear", "log"]
 Cost = Literal["light", "full"]
 Worst = Literal["largest", "furthest_from_zero"]
+Severity = Literal["info", "warning", "critical"]
+#: What a rule says of one subject: within its limit or null, beyond it, or that it could not tell.
+State = Literal["quiet", "breach", "unknown"]
+#: What an action may ask of a run.
+Ability = Literal["stop", "save_checkpoint", "scale_learning_rate", "set_kl_coefficient", "rollback", "pause"]
 
 FIXED_BANK = "fixed"
+#: A reading nearer to 0 than so many noise floors is no measurable drift.
+FLOORS_TO_SEE = 3.0
 ALL_PROBES = ""
 WORST_GROUP = "worst"
 #: Words that mean something in place of a group's name, so no group may be called so.
@@ -28,7 +35,8 @@ class MetricInfo:
     `direction` names the order of the two models, `estimator` how the number is got, `positions` which
     ones count, `dtype` what it is computed in. `scale` is the scale on which its error is symmetric.
     `worst` says which group is the worst one: of a distance the largest, of a signed change the one
-    furthest from zero.
+    furthest from zero. `at` says whether it is read once, on the outputs, or at each hookpoint; `by_group` whether
+    also for single groups. What is `sealed` may alert a person, but never drives an action.
     """
 
     name: str
@@ -42,6 +50,9 @@ class MetricInfo:
     scale: Scale = "linear"
     worst: Worst = "largest"
     blind_to: str = ""
+    at: Literal["outputs", "hookpoints"] = "outputs"
+    by_group: bool = True
+    sealed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +61,8 @@ class Reading:
 
     `stderr` is the standard error over probes (tokens of one probe are not independent), NaN where none
     is defined. `bound` is by how much the true value may lie above `value`; 0 where the number is exact.
-    `group` is "" for all probes, or "worst" for the worst group, which `note` then names. `note` is
+    `noise_floor` is by how much the same weights read differently in another batch split, NaN where that was
+    not measured. `group` is "" for all probes, or "worst" for the worst group, which `note` then names. `note` is
     otherwise a caution that belongs to this value.
     """
 
@@ -66,7 +78,16 @@ class Reading:
     hookpoint: str = ""
     bound: float = 0.0
     scale: Scale = "linear"
+    noise_floor: float = math.nan
     note: str = ""
+
+    @property
+    def is_measurable(self) -> bool:
+        """Whether it is at least 3 noise floors from 0. Below, it is reported as no measurable drift.
+
+        True where no floor was measured: then nothing is known against it.
+        """
+        return math.isnan(self.noise_floor) or abs(self.value) > FLOORS_TO_SEE * self.noise_floor
 
     @property
     def key(self) -> str:
@@ -113,18 +134,146 @@ class TokenShift:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """Something that must not be, found while looking: its kind, what it befell, and what happened, as a clause.
+
+    `nonfinite`: a reading is NaN or infinite. `sensor`: a sensor failed and gave no reading. `frozen`: a parameter
+    that does not train has moved. `fingerprint`: probes, reference or circumstances are not those of the start.
+    `replicas`: processes that should hold the same weights do not.
+    """
+
+    kind: Literal["nonfinite", "sensor", "frozen", "fingerprint", "replicas"]
+    subject: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alert:
+    """One sentence for a person: what moved, how far, against which limit or null, since when, what to do next.
+
+    `subject` is what the rule judged, mostly a log key. `value`, `stderr`, `threshold` and `unit` are those of the
+    reading that decided, NaN and "" where it was none. `first_step` is the first step of this breach; `suppressed`
+    how many alerts of this rule on this subject were withheld since the last one. `is_repeat`: the run went on from
+    an older checkpoint and this alert was on record before.
+    """
+
+    step: int
+    rule: str
+    severity: Severity
+    subject: str
+    message: str
+    value: float = math.nan
+    stderr: float = math.nan
+    threshold: float = math.nan
+    unit: str = ""
+    first_step: int
+    suppressed: int = 0
+    is_repeat: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Whether a checkpoint may be released: with the reading that decided, its error and its limit.
+
+    Unknown is not a pass, and neither is a verdict that is missing. `reason` is a sentence. `rule` and `subject` name
+    what decided, "" where nothing speaks against the checkpoint.
+    """
+
+    step: int
+    outcome: Literal["pass", "fail", "unknown"]
+    reason: str
+    rule: str = ""
+    subject: str = ""
+    value: float = math.nan
+    stderr: float = math.nan
+    threshold: float = math.nan
+    unit: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActionTaken:
+    """One request to the run, and what became of it."""
+
+    step: int
+    rule: str
+    action: str
+    outcome: Literal["done", "refused", "failed", "already done"]
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
-    """What one look at the model brought: readings, lines of the token table, vectors worth keeping."""
+    """What one look at the model brought: readings, lines of the token table, vectors worth keeping.
+
+    `by_probe` holds, for metrics on the outputs, the mean of each probe, NaN for a probe without a counted
+    position. `faults` are what went wrong meanwhile, `alerts` what rules made of it all. `actions` and `verdicts`
+    come later, each in findings of its own, once they are there.
+    """
 
     step: int
     readings: tuple[Reading, ...] = ()
     token_shifts: tuple[TokenShift, ...] = ()
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    by_probe: Mapping[str, Float[Tensor, " probe"]] = field(default_factory=dict)
+    faults: tuple[Fault, ...] = ()
+    alerts: tuple[Alert, ...] = ()
+    actions: tuple[ActionTaken, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
 
     def without_text(self) -> "Findings":
         """The same with no token and no context in words; token ids stay, for whoever has the tokenizer."""
         shifts = tuple(replace(shift, token="", context="") for shift in self.token_shifts)
         return replace(self, token_shifts=shifts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scope:
+    """What a monitor is going to read: what a rule is checked against before the first step.
+
+    `groups` has the number of probes in each group, in order of first appearance, and `group_of` the group of each
+    probe ("" where it has none). `progress` names what the loop will tell of its own progress (loss, learning rate).
+    `probes` and `reference` are fingerprints. `schedule` and `recipe` say how the run is read and trained, in plain
+    types; pilots must agree with them.
+    """
+
+    metrics: Mapping[str, MetricInfo]
+    groups: Mapping[str, int]
+    group_of: tuple[str, ...] = ()
+    hookpoints: tuple[str, ...] = ()
+    progress: tuple[str, ...] = ()
+    bank: str = FIXED_BANK
+    sealed: bool = False
+    probes: str = ""
+    reference: str = ""
+    schedule: str = ""
+    recipe: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signal:
+    """What a rule says of one subject at one look.
+
+    `what` is a clause without a full stop that says what moved, how far, and against which limit or null:
+    "kl_ref_live of group 'code' is 0.34 nats/token (at least 0.31 with 95 % confidence), above the limit 0.3".
+    `advice` is a sentence on what to do next. `reading` is the one that decided, None where none did. `since` is the
+    first step of a breach that began before this look, -1 where it begins now.
+    """
+
+    subject: str
+    state: State
+    what: str = ""
+    since: int = -1
+    reading: Reading | None = None
+    threshold: float = math.nan
+    advice: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """What a rule makes of one look: a signal for each subject it judges, and its evidence as readings."""
+
+    signals: tuple[Signal, ...] = ()
+    evidence: tuple[Reading, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from diffsensor.protocols import Sink
 from diffsensor.record import Record, RecordContents, read_manifest, read_record
 from diffsensor.storage import lines as lines_module
 from diffsensor.storage.lines import READINGS, _decode_line, _encode_line, read_lines
-from diffsensor.types import Findings, Reading, TokenShift
+from diffsensor.types import ActionTaken, Alert, Findings, Reading, TokenShift, Verdict
 
 MANIFEST = {"reference": "ref-1", "probes": "probes-1", "torch": "2.13.0"}
 FILES = ("manifest.json", "checksums.json", "readings.jsonl", "tokens.jsonl", "state.json")
@@ -277,13 +277,15 @@ def test_a_second_process_is_refused_and_a_killed_one_lets_go_although_its_child
                 Record(sys.argv[1], manifest=manifest, resume=True)
             except StorageError as error:
                 print(error)
-            ready, tell = os.pipe()
+            (ready, tell), (started, begin) = os.pipe(), os.pipe()
             parent = os.fork()
             if parent == 0:
                 record = Record(sys.argv[2], manifest=manifest)
                 worker = os.fork()  # as a data loader does
                 if worker == 0:
+                    os.write(begin, b".")  # by now it has let go of what it inherited
                     time.sleep(30)
+                os.read(started, 1)
                 os.write(tell, str(worker).encode())
                 os.kill(os.getpid(), signal.SIGKILL)
             worker = int(os.read(ready, 20))
@@ -317,7 +319,7 @@ def test_no_kill_loses_an_acknowledged_reading(tmp_path: Path) -> None:
         """
         import logging, os, random, signal, sys, time
         from diffsensor.record import Record, read_record
-        from diffsensor.types import Findings, Reading, TokenShift
+        from diffsensor.types import ActionTaken, Alert, Findings, Reading, TokenShift, Verdict
         logging.disable(logging.WARNING)
         path, manifest = sys.argv[1], {"reference": "r", "probes": "p"}
 
@@ -688,3 +690,72 @@ def test_a_reader_beside_a_writer_sees_whole_writes(tmp_path: Path, monkeypatch:
         before = numbers(read_record(tmp_path))
         monkeypatch.setattr(lines_module, "_read_file", read_while_writing)
         assert numbers(read_record(tmp_path)) == before
+
+
+# Alerts, actions and verdicts
+
+
+def alert(step: int, message: str = "too far") -> Alert:
+    return Alert(step=step, rule="limit", severity="warning", subject="kl", message=message, first_step=step)
+
+
+def action(step: int, detail: str = "learning rate 1 -> 0.5") -> ActionTaken:
+    return ActionTaken(step=step, rule="limit", action="scale_learning_rate(0.5)", outcome="done", detail=detail)
+
+
+def test_alerts_actions_and_verdicts_come_back_as_they_were(tmp_path: Path) -> None:
+    verdict = Verdict(step=3, outcome="unknown", reason="nothing was read", value=math.nan, threshold=0.3)
+    told = Findings(step=3, readings=(reading(3),), alerts=(alert(3), alert(3, "again")))
+    written(tmp_path, told, Findings(step=3, actions=(action(3),)), Findings(step=3, verdicts=(verdict,)))
+    found = read_record(tmp_path)
+    assert found.alerts == told.alerts
+    assert found.actions == (action(3),)
+    assert repr(found.verdicts) == repr((verdict,))
+    assert found.readings == told.readings
+
+
+def test_alerts_are_replaced_with_their_look_while_what_was_done_stays_done(tmp_path: Path) -> None:
+    written(tmp_path, Findings(step=3, readings=(reading(3),), alerts=(alert(3, "first"),)))
+    written(tmp_path, Findings(step=3, actions=(action(3, "once"),)), resume=True)
+    assert [each.message for each in read_record(tmp_path).alerts] == ["first"]
+    again = Findings(step=3, readings=(reading(3, value=9.0),), alerts=(alert(3, "second"),))
+    written(tmp_path, again, Findings(step=3, actions=(action(3, "twice"),)), resume=True)
+    found = read_record(tmp_path)
+    assert [each.message for each in found.alerts] == ["second"]
+    assert [each.value for each in found.readings] == [9.0]
+    assert [each.detail for each in found.actions] == ["once", "twice"]
+
+
+def test_a_look_that_is_read_again_without_an_alert_has_none(tmp_path: Path) -> None:
+    written(tmp_path, Findings(step=3, readings=(reading(3),), alerts=(alert(3),)))
+    written(tmp_path, Findings(step=3, readings=(reading(3),)), resume=True)
+    assert read_record(tmp_path).alerts == ()
+
+
+def test_what_people_and_runs_act_on_is_forced_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forced: list[str] = []
+    sync = os.fsync
+
+    def noted(number: int) -> None:
+        forced.append(Path(f"/proc/self/fd/{number}").readlink().name)
+        sync(number)
+
+    with Record(tmp_path, manifest=MANIFEST) as record:
+        monkeypatch.setattr(os, "fsync", noted)
+        record.write(findings(0))
+        assert forced == []
+        record.write(Findings(step=1, readings=(reading(1),), alerts=(alert(1),)))
+        record.write(Findings(step=1, actions=(action(1),)))
+        assert forced == ["alerts.jsonl", "actions.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["alerts.jsonl", "actions.jsonl"])
+def test_a_flipped_bit_in_an_alert_or_an_action_is_found(name: str, tmp_path: Path) -> None:
+    written(tmp_path, Findings(step=1, alerts=(alert(1),)), Findings(step=1, actions=(action(1),)))
+    whole = (tmp_path / name).read_bytes()
+    for place in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1
+        (tmp_path / name).write_bytes(flipped)
+        with pytest.raises(CorruptFileError, match=name):
+            read_record(tmp_path)

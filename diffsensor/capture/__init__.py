@@ -1,7 +1,11 @@
 """Looking at a model, and leaving no trace on it."""
 
+from diffsensor.capture.adapter import adapter_off as adapter_off
+from diffsensor.capture.adapter import has_adapter as has_adapter
+from diffsensor.capture.adapter import refuse_changed_base as refuse_changed_base
 from diffsensor.capture.find import find_model as find_model
 from diffsensor.capture.find import resolve_hookpoints as resolve_hookpoints
+from diffsensor.capture.frozen import FrozenWeights as FrozenWeights
 from diffsensor.capture.look import Capture as Capture
 from diffsensor.capture.look import require_same_context as require_same_context
 from diffsensor.capture.no_trace import leave_no_trace as leave_no_trace

@@ -54,6 +54,7 @@ RELATIVE_L2 = ActivationMetric(
         direction="live minus reference, divided by the reference: ||h - h_ref|| / ||h_ref||",
         estimator="mean over positions of the ratio at each",
         positions=_NO_SINKS,
+        at="hookpoints",
         scale="log",
         blind_to="direction: growth and turning look alike",
     ),
@@ -68,6 +69,7 @@ COSINE_DISTANCE = ActivationMetric(
         direction="symmetric: 1 - cos(h_ref, h)",
         estimator="mean over positions",
         positions=_NO_SINKS,
+        at="hookpoints",
         scale="log",
         blind_to="a change of norm",
     ),
@@ -87,6 +89,7 @@ MEAN_SHIFT = MetricInfo(
     direction="live minus reference: ||mean(h - h_ref)||, the mean over counted positions",
     estimator="norm of the mean difference; error of its projection on its own direction, clustered by probe",
     positions=_NO_SINKS,
+    at="hookpoints",
     scale="log",
     blind_to="changes that point in other directions at other positions",
 )
@@ -99,5 +102,7 @@ CKA_DISTANCE = MetricInfo(
     estimator="debiased (U-statistic) over a fixed subset of 256 positions, left out where there are fewer; error by "
     "jackknife over probes; unstable below 1e-4, and then marked",
     positions=_NO_SINKS,
+    at="hookpoints",
+    by_group=False,
     blind_to="rotation and isotropic scaling of the space, and a shift of the mean",
 )

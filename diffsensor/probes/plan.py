@@ -1,12 +1,14 @@
 """Which probes go through the model together: the same at every reading, as another layout moves the last digits."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from diffsensor.errors import ConfigError
+from diffsensor.head import checksum, digest
 from diffsensor.types import Batch, Plan
 
 DENSE_BATCH = 64
@@ -117,6 +119,47 @@ def plan_dense(
         at += len(index)
     assert at == len(probe)
     return Plan(batches=tuple(batches), probe=probe, offset=offset, target=torch.full_like(offset, -1), packed=False)
+
+
+def checksum_of(plan: Plan) -> str:
+    """Tells whether anything that goes into the model has changed."""
+    return digest(
+        *(
+            checksum(tensor)
+            for batch in plan.batches
+            for tensor in (*batch.args, *(batch.inputs[name] for name in sorted(batch.inputs)), batch.index)
+        )
+    )
+
+
+def split_otherwise(plan: Plan) -> Plan:
+    """The same positions in the same order, in batches of another size: what a reading must not depend on, but does.
+
+    A batch of several rows is cut in two; one of a single row is run with a second copy of it, which nobody reads.
+    """
+    batches: list[Batch] = []
+    for batch in plan.batches:
+        rows = batch.leading[0]
+        row = batch.index // (torch.Size(batch.leading[1:]).numel())
+        if rows == 1:
+            batches.append(_with_rows(batch, torch.tensor([0, 0]), batch.index, batch.start))
+            continue
+        for first, stop in ((0, rows // 2), (rows // 2, rows)):
+            here = (row >= first) & (row < stop)
+            index = batch.index[here] - first * torch.Size(batch.leading[1:]).numel()
+            start = batch.start + int((row < first).sum())
+            batches.append(_with_rows(batch, torch.arange(first, stop), index, start))
+    return replace(plan, batches=tuple(batch for batch in batches if len(batch.index)))
+
+
+def _with_rows(batch: Batch, rows: Int[Tensor, " row"], index: Int[Tensor, " pos"], start: int) -> Batch:
+    return Batch(
+        args=tuple(value[rows] for value in batch.args),
+        inputs={name: value[rows] for name, value in batch.inputs.items()},
+        leading=(len(rows), *batch.leading[1:]),
+        index=index,
+        start=start,
+    )
 
 
 def _first_fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:

@@ -25,6 +25,10 @@ class ProbeSums:
         self.sums += torch.bincount(owner, weights=values.cpu().double(), minlength=size)
         self.counts += torch.bincount(owner, minlength=size)
 
+    def by_probe(self) -> Float[Tensor, " probe"]:
+        """The mean of each probe, NaN where it has no counted position."""
+        return self.sums / self.counts
+
     def means(self, strata: Strata) -> list[Estimate]:
         """The mean over counted positions in each stratum."""
         return ratio_means(self.sums[None], self.counts, strata.weights)

@@ -131,9 +131,11 @@ class OutputsFold:
             self._light.forget()
         name, reference = self._sensor.name, self._reference
         readings: list[Reading] = []
+        by_probe: dict[str, Tensor] = {}
         for metric in self._metrics:
             sums = ProbeSums(len(reference.probes.names))
             sums.add(values[metric.info.name], reference.plan.probe)
+            by_probe[metric.info.name] = sums.by_probe()
             readings += readings_of(sums.means(self._strata), metric.info, self._strata, sensor=name, step=step)
         if self._sensor.cost == "full":
             kl = values["kl_ref_live"].cpu()
@@ -167,7 +169,7 @@ class OutputsFold:
                     log_ratio=values["log_ratio"],
                     step=step,
                 )
-        return Findings(step=step, readings=tuple(readings), token_shifts=shifts)
+        return Findings(step=step, readings=tuple(readings), token_shifts=shifts, by_probe=by_probe)
 
     def _mass_moved(self, device: torch.device) -> Float[Tensor, "stratum vocab"]:
         """mean(p) - mean(q) over the counted positions of each stratum."""

@@ -40,8 +40,9 @@ def json_bytes(name: str, content: Mapping[str, object]) -> bytes:
     return with_crc(json.dumps(members, indent=1, allow_nan=False)) + b"\n"
 
 
-def parse_json(file: Path, data: bytes) -> dict[str, Any]:
-    """What `json_bytes` made a file of."""
+def parse_json(file: Path, data: bytes, name: str | None = None) -> dict[str, Any]:
+    """What `json_bytes` made a file of, under the name of the file where no other is given."""
+    name = file.stem if name is None else name
     try:
         if not data.endswith(b"\n"):
             raise ValueError("it does not end in a newline")
@@ -52,17 +53,17 @@ def parse_json(file: Path, data: bytes) -> dict[str, Any]:
         raise CorruptFileError(
             f"{file} has format {members.get('format')}, this diffsensor reads {FORMAT}. Use the version that wrote it."
         )
-    if file.stem not in members:
-        held = ", ".join(repr(name) for name in members if name != "format")
-        raise CorruptFileError(f"{file} holds {held}, expected {file.stem!r}: it has been renamed. Name it as it was.")
-    content: dict[str, Any] = members[file.stem]
+    if name not in members:
+        held = ", ".join(repr(member) for member in members if member != "format")
+        raise CorruptFileError(f"{file} holds {held}, expected {name!r}: it has been renamed. Name it as it was.")
+    content: dict[str, Any] = members[name]
     return content
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, name: str | None = None) -> dict[str, Any]:
     if not file.exists():
         raise CorruptFileError(f"{file} is missing. {RESTORE}")
-    return parse_json(file, file.read_bytes())
+    return parse_json(file, file.read_bytes(), name)
 
 
 def plain(value: object, where: str) -> object:

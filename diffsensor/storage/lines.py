@@ -1,4 +1,4 @@
-"""The files of a record that grow by lines: one reading, or one line of the token table, each.
+"""The files of a record that grow by lines: a reading, a token of the table, an alert, an action or a verdict each.
 
 A line is plain JSON. NaN is null (pandas reads it as NaN), infinities are "inf" and "-inf" (`pandas.to_numeric` reads
 them), every other float is its shortest exact text. `write` numbers the writes from 1 on; `lines` is how many lines
@@ -17,24 +17,40 @@ from typing import BinaryIO
 
 from diffsensor.errors import CorruptFileError
 from diffsensor.storage.checked_json import RESTORE, has_valid_crc, with_crc, without_crc
-from diffsensor.types import Findings, Reading, TokenShift
+from diffsensor.types import ActionTaken, Alert, Findings, Reading, TokenShift, Verdict
 
 logger = logging.getLogger(__name__)
 
 
+Item = Reading | TokenShift | Alert | ActionTaken | Verdict
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LineFile:
-    """One of the files: its name, what a line is, where findings carry it."""
+    """One of the files: its name, what a line is, where findings carry it.
+
+    Of a file that is `of_a_look` only the newest look at a step stands; what was done or decided stands for ever.
+    What is `forced` is on the disk, not only with the system, once it was written.
+    """
 
     name: str
-    noun: type[Reading] | type[TokenShift]
-    found: Callable[[Findings], Sequence[Reading] | Sequence[TokenShift]]
+    noun: type[Item]
+    found: Callable[[Findings], Sequence[Item]]
+    of_a_look: bool = True
+    forced: bool = False
 
 
 #: In the order of writing. Readings come last: once they are there, all else of that write is.
+ACTIONS = LineFile(
+    name="actions.jsonl", noun=ActionTaken, found=lambda findings: findings.actions, of_a_look=False, forced=True
+)
+VERDICTS = LineFile(
+    name="verdicts.jsonl", noun=Verdict, found=lambda findings: findings.verdicts, of_a_look=False, forced=True
+)
 TOKENS = LineFile(name="tokens.jsonl", noun=TokenShift, found=lambda findings: findings.token_shifts)
+ALERTS = LineFile(name="alerts.jsonl", noun=Alert, found=lambda findings: findings.alerts, forced=True)
 READINGS = LineFile(name="readings.jsonl", noun=Reading, found=lambda findings: findings.readings)
-LINE_FILES = (TOKENS, READINGS)
+LINE_FILES = (ACTIONS, VERDICTS, TOKENS, ALERTS, READINGS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +60,10 @@ class Line:
     end: int
     write: int
     lines: int
-    item: Reading | TokenShift
+    item: Item
 
 
-def encode(items: Sequence[Reading] | Sequence[TokenShift], write: int, lines: int) -> bytes:
+def encode(items: Sequence[Item], write: int, lines: int) -> bytes:
     return b"".join(_encode_line(item, write, lines) for item in items)
 
 
@@ -115,7 +131,7 @@ def _read_file(file: Path, kind: LineFile, at_least: int) -> list[Line]:
     return lines
 
 
-def _encode_line(item: Reading | TokenShift, write: int, lines: int) -> bytes:
+def _encode_line(item: Item, write: int, lines: int) -> bytes:
     members: dict[str, object] = {}
     for field in fields(item):
         value = getattr(item, field.name)

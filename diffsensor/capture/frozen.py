@@ -1,0 +1,26 @@
+"""The parameters that do not train: whether any of them has moved all the same."""
+
+from torch import nn
+
+from diffsensor.head import checksum
+
+
+class FrozenWeights:
+    """Checksums of the parameters that did not train when this was made.
+
+    Costs reading those weights once at each look, where a forward pass reads them once for each batch. A parameter
+    that trains by now (a backbone that was unfrozen) is left out from then on. Blind to buffers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._sums = {
+            name: checksum(parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad
+        }
+
+    def moved(self, model: nn.Module) -> list[str]:
+        """The names of those that are frozen and not what they were."""
+        parameters = dict(model.named_parameters())
+        self._sums = {
+            name: was for name, was in self._sums.items() if name in parameters and not parameters[name].requires_grad
+        }
+        return [name for name, was in self._sums.items() if checksum(parameters[name]) != was]
