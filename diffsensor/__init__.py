@@ -2,8 +2,16 @@
 
 from diffsensor.errors import ConfigError as ConfigError
 from diffsensor.errors import DiffSensorError as DiffSensorError
+from diffsensor.errors import RefusedError as RefusedError
+from diffsensor.gate import Gate as Gate
+from diffsensor.gate import read_verdict as read_verdict
+from diffsensor.gate import write_verdict as write_verdict
 from diffsensor.monitor import Monitor as Monitor
 from diffsensor.probes import ProbeSet as ProbeSet
+from diffsensor.protocols import Action as Action
+from diffsensor.protocols import Budget as Budget
+from diffsensor.protocols import Controller as Controller
+from diffsensor.protocols import Rule as Rule
 from diffsensor.protocols import Schedule as Schedule
 from diffsensor.protocols import Sensor as Sensor
 from diffsensor.protocols import Sink as Sink
@@ -15,9 +23,18 @@ from diffsensor.schedules import every as every
 from diffsensor.schedules import log_spaced as log_spaced
 from diffsensor.sensors import Activations as Activations
 from diffsensor.sensors import Outputs as Outputs
+from diffsensor.sensors import Sealed as Sealed
 from diffsensor.statistics import interval_of as interval_of
+from diffsensor.types import Ability as Ability
+from diffsensor.types import ActionTaken as ActionTaken
+from diffsensor.types import Alert as Alert
+from diffsensor.types import Fault as Fault
 from diffsensor.types import Findings as Findings
+from diffsensor.types import Judgement as Judgement
 from diffsensor.types import MetricInfo as MetricInfo
 from diffsensor.types import Reading as Reading
+from diffsensor.types import Scope as Scope
+from diffsensor.types import Signal as Signal
 from diffsensor.types import TokenShift as TokenShift
+from diffsensor.types import Verdict as Verdict
 from diffsensor.types import log_key as log_key

@@ -1,6 +1,7 @@
 """The one object that a training loop holds: it looks when something is due and hands on what it found."""
 
 import logging
+import math
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -15,19 +16,26 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from diffsensor.capture import Capture, leave_no_trace, random_states_kept, require_same_context
+from diffsensor.actions import Response
+from diffsensor.capture import Capture, FrozenWeights, leave_no_trace, random_states_kept, require_same_context
 from diffsensor.errors import CaptureError, ConfigError, ReferenceMismatchError
-from diffsensor.probes import ProbeSet
-from diffsensor.protocols import Fold, OutputHead, Schedule, Sensor, Sink
-from diffsensor.record import MANIFEST, Record, read_manifest
+from diffsensor.gate import Gate
+from diffsensor.oversight import Oversight
+from diffsensor.probes import ProbeSet, checksum_of, split_otherwise
+from diffsensor.protocols import Budget, Controller, Fold, OutputHead, Rule, Schedule, Sensor, Sink
+from diffsensor.record import MANIFEST, Record, read_manifest, read_record
 from diffsensor.reference import Reference, require_fitting
+from diffsensor.rules import Invariant
 from diffsensor.schedules import every
 from diffsensor.sensors import Activations, Outputs, resolve_sensors
+from diffsensor.sinks import LogAlerts
 from diffsensor.storage.atomic import store
 from diffsensor.storage.checked_json import json_bytes, read_json
-from diffsensor.types import FIXED_BANK, Findings, Reading
+from diffsensor.types import FIXED_BANK, Alert, Fault, Findings, MetricInfo, Plan, Reading, Scope, Verdict
 
 logger = logging.getLogger(__name__)
+
+UNMEASURABLE = "no measurable drift"
 
 
 @final
@@ -41,6 +49,12 @@ class Monitor:
 
     Whatever can be checked is checked when a model is first seen. After that nothing in here ends a run: a
     sensor or sink that fails is logged with its traceback once, counted in `failures`, and left out.
+
+    Where the readings are to be watched, rules are given; where the run is to be steered, responses, a gate or a
+    budget, and a controller that says what the run can do:
+
+        control = LoopController(model, optimizer)
+        monitor = Monitor(probes, rules=[Response(Limit("kl_ref_live", above=0.5), Stop())], controller=control)
 
     Arguments:
         probes: the fixed inputs.
@@ -56,6 +70,15 @@ class Monitor:
         log_text: False keeps the text of probes and tokens out of every sink.
         bank: what these probes are called in readings and log keys, to tell several monitors of a run apart.
         resume: go on with the record that is there, against the reference that it was begun with.
+        rules: rules and responses (rules with their actions). `Invariant()` alone where none are given.
+        gate: what a checkpoint must meet; see `verdict`.
+        budget: keeps the drift near a limit by moving the coefficient of the controller's KL penalty.
+        controller: what the run lets actions ask for. The callbacks for trainers bring their own.
+        sealed: these readings may alert a person, and no action is ever driven by them.
+        progress: the names of what `observe` will be told, so that rules may look at it.
+        recipe: what identifies the way of training, in plain types; pilots must have the same.
+        noise_floor: whether to measure, when first attached and at the price of three readings, by how much the
+            same weights read differently in another batch split.
     """
 
     def __init__(
@@ -73,6 +96,14 @@ class Monitor:
         log_text: bool = True,
         bank: str = FIXED_BANK,
         resume: bool = False,
+        rules: Sequence[Rule | Response] | None = None,
+        gate: Gate | None = None,
+        budget: Budget | None = None,
+        controller: Controller | None = None,
+        sealed: bool = False,
+        progress: Sequence[str] = (),
+        recipe: Mapping[str, object] | None = None,
+        noise_floor: bool = True,
     ) -> None:
         _require_arguments(probes, schedule, hookpoints)
         self.probes = probes
@@ -80,11 +111,23 @@ class Monitor:
         self.sensors = resolve_sensors(sensors)
         self.schedule: Schedule = every(50) if schedule is None else schedule
         self.failures: dict[str, int] = {}
-        #: What was read last.
+        #: What was read last, and what rules told of it.
         self.readings: list[Reading] = []
+        self.alerts: list[Alert] = []
+        self.controller = controller
+        self._oversight = Oversight([Invariant()] if rules is None else rules, gate, budget, contain=self._count)
+        self._oversight.refuse_sealed(self.metrics, bank_is_sealed=sealed)
+        self._sealed, self._progress, self._recipe = sealed, tuple(progress), dict(recipe or {})
+        self._measures_floor = noise_floor
+        self._floor: dict[str, float] | None = None
+        self._frozen: FrozenWeights | None = None
+        self._plan_checksum = ""
+        self._told: set[tuple[str, str, int]] = set()
+        self._findings: Findings | None = None
+        self._verdict: Verdict | None = None
         self._record_path = None if record is None else Path(record)
         self._record: Record | None = None
-        self._sinks = tuple(sinks)
+        self._sinks: tuple[Sink, ...] = (LogAlerts(), *sinks)
         self._hookpoints, self._model_path, self._cache_dir = hookpoints, model_path, cache_dir
         self._log_text = log_text
         self._resume = resume
@@ -129,11 +172,23 @@ class Monitor:
             require_same_context(self.reference.context, capture.context())
         _require_same_vocabulary(self.reference, capture.head())
         _require_readable(self.sensors, self.reference, capture)
+        scope = self._scope()
+        self._oversight.check(scope, self.controller)
         if self._record is None and self._record_path is not None:
             self._record = Record(self._record_path, manifest=self._manifest(), resume=resume)
             if resume and self._fingerprint is None and (state := self._record.read_state()) is not None:
                 self.load_state_dict(state)
+            if resume:
+                alerts = read_record(self._record_path).alerts
+                self._told = {(alert.rule, alert.subject, alert.step) for alert in alerts}
+        self._plan_checksum = checksum_of(self.reference.plan)
+        if self._oversight.looks_at_faults and self._frozen is None:
+            self._frozen = FrozenWeights(capture.root)
+        if self._measures_floor and self._floor is None:
+            self._floor = self._measured_floor(capture, self.reference)
         self._seen = (model, capture)
+        self._oversight.begin(self.controller)
+        self._act()  # what was left to be done when the run was killed
 
     def _ask_another(self, other: nn.Module | str | os.PathLike[str], live: nn.Module) -> Reference:
         """The reference from another model, under the circumstances of the live one."""
@@ -169,6 +224,10 @@ class Monitor:
         readings of the same step, as readings of a sensor "progress" in the unit in which it was given.
         """
         self._require_progress(progress)
+        if self._resume and self._seen is None:
+            self.attach(model)  # only now it is known which step was read last
+        if step < self._last_step:
+            self._last_step = -1  # the run has gone back, and what it reads now takes the place of what came after
         return self.read(model, step, **progress) if self.is_due(step) else []
 
     def read(self, model: nn.Module, step: int, **progress: float | Tensor) -> list[Reading]:
@@ -177,36 +236,161 @@ class Monitor:
         if self._seen is None or self._seen[0] is not model:
             self.attach(model)
         assert self._seen is not None and self.reference is not None
-        findings = self._look(self._seen[1], self.reference, step)
-        if progress:
-            told = [_progress_reading(step, name, value, self._bank) for name, value in progress.items()]
-            findings = replace(findings, readings=(*findings.readings, *told))
-        self._last_step = step
-        self.readings = list(findings.readings)
+        capture = self._seen[1]
+        findings, failed = self._look(capture, self.reference, self.reference.plan, step)
+        for name, error in failed:
+            self._count(name, error)
+        told = [_progress_reading(step, name, value, self._bank) for name, value in progress.items()]
+        findings = replace(
+            findings,
+            readings=(*map(self._with_floor, findings.readings), *told),
+            faults=self._faults(capture, self.reference, failed),
+        )
+        findings = self._oversight.judge(findings, self._told)
+        self._last_step, self._findings = step, findings
+        self.readings, self.alerts = list(findings.readings), list(findings.alerts)
         self._hand_on(findings)
+        self._act()
         return list(self.readings)
 
-    def _look(self, capture: Capture, reference: Reference, step: int) -> Findings:
+    def verdict(self, model: nn.Module, step: int) -> Verdict:
+        """Whether the model as it is now, after `step` steps, may be released: what the gate says of its readings.
+
+        Reads it first where this step was not read. The verdict goes to the record and to the sinks.
+        """
+        gate = self._oversight.gate
+        if gate is None:
+            raise ConfigError("A verdict was asked for, and this monitor has no gate: Monitor(..., gate=Gate(...)).")
+        if self._verdict is not None and self._verdict.step == step == self._last_step:
+            return self._verdict
+        if self._findings is None or step != self._last_step:
+            self.read(model, step)
+        assert self._findings is not None
+        try:
+            self._verdict = gate.verdict(self._findings)
+        except Exception as error:  # noqa: BLE001 - a gate fails closed
+            self._count("gate", error)
+            self._verdict = gate.unread(step)
+        self._hand_on(Findings(step=step, verdicts=(self._verdict,)))
+        return self._verdict
+
+    @property
+    def metrics(self) -> dict[str, MetricInfo]:
+        """What the sensors read, by metric name."""
+        return {name: info for sensor in self.sensors for name, info in sensor.metrics.items()}
+
+    def is_sealed(self, reading: Reading) -> bool:
+        """Whether no action may be driven by this reading: it must not be put where another one could act on it."""
+        info = self.metrics.get(reading.metric)
+        return self._sealed or (info is not None and info.sealed)
+
+    def _act(self) -> None:
+        """Carry out what the last look calls for, each request on record with what became of it."""
+        if not self._oversight.has_to_act:
+            return
+        self._oversight.act(self.controller, lambda taken: self._hand_on(Findings(step=taken.step, actions=(taken,))))
+        self._store_state()
+
+    def _look(
+        self, capture: Capture, reference: Reference, plan: Plan, step: int
+    ) -> tuple[Findings, list[tuple[str, Exception]]]:
+        """What the sensors find, and what failed meanwhile."""
         found: list[Findings] = []
+        failed: list[tuple[str, Exception]] = []
+
+        def contained(name: str, act: Callable[[], object]) -> bool:
+            try:
+                act()
+            except Exception as error:  # noqa: BLE001 - contained is the promise; it is counted and logged
+                failed.append((name, error))
+                return False
+            return True
+
         with leave_no_trace(capture.root):
             folds: dict[str, Fold] | None = None
             try:
-                for piece in capture.pieces(reference.plan):
+                for piece in capture.pieces(plan):
                     if folds is None:  # and not once more where all have failed: they would see a part only
-                        folds = self._opened(reference, capture.head())
+                        folds, head = {}, capture.head()
+                        for sensor in self.sensors:
+                            contained(sensor.name, partial(_open_into, folds, sensor, reference, head))
                     for name in list(folds):
-                        if not self._contained(name, partial(folds[name].update, piece)):
+                        if not contained(name, partial(folds[name].update, piece)):
                             del folds[name]
             except Exception as error:  # noqa: BLE001 - whatever the model raises, the run goes on
-                self._count("forward pass", error)
+                failed.append(("forward pass", error))
                 folds = {}
             for name, fold in (folds or {}).items():
-                self._contained(name, partial(_finish_into, found, fold, step))
-        return Findings(
+                contained(name, partial(_finish_into, found, fold, step))
+        findings = Findings(
             step=step,
             readings=tuple(replace(reading, bank=self._bank) for each in found for reading in each.readings),
             token_shifts=tuple(replace(shift, bank=self._bank) for each in found for shift in each.token_shifts),
             tensors={name: tensor for each in found for name, tensor in each.tensors.items()},
+            by_probe={name: values for each in found for name, values in each.by_probe.items()},
+        )
+        return findings, failed
+
+    def _measured_floor(self, capture: Capture, reference: Reference) -> dict[str, float]:
+        """By how much each reading of the same weights differs, at most, when read again and in another batch split."""
+        once, again, otherwise = (
+            {reading.key: reading.value for reading in self._look(capture, reference, plan, -1)[0].readings}
+            for plan in (reference.plan, reference.plan, split_otherwise(reference.plan))
+        )
+        unstable = [key for key, value in once.items() if again.get(key, value) != value]
+        if unstable:
+            logger.warning(
+                "The same weights, read twice in the same layout, differ in %d of %d readings, first in %s (%.3g, then "
+                "%.3g). Something in the model is not deterministic in evaluation mode: a kernel that adds in any "
+                "order (torch.use_deterministic_algorithms names it), or a module that draws random numbers or keeps "
+                "state. The noise floor takes it in.",
+                *(len(unstable), len(once), unstable[0], once[unstable[0]], again[unstable[0]]),
+            )
+        return {
+            key: max(abs(other.get(key, math.nan) - value) for other in (otherwise, again))
+            for key, value in once.items()
+        }
+
+    def _with_floor(self, reading: Reading) -> Reading:
+        floor = math.nan if self._floor is None else self._floor.get(reading.key, math.nan)
+        reading = replace(reading, noise_floor=floor)
+        return reading if reading.is_measurable else replace(reading, note=_joined(reading.note, UNMEASURABLE))
+
+    def _faults(
+        self, capture: Capture, reference: Reference, failed: Sequence[tuple[str, Exception]]
+    ) -> tuple[Fault, ...]:
+        faults = [
+            Fault(kind="sensor", subject=name, detail=f"{name} failed ({type(error).__name__}: {error})")
+            for name, error in failed
+        ]
+        if self._frozen is not None:
+            faults += [
+                Fault(kind="frozen", subject=name, detail=f"the parameter {name} does not train, and has moved")
+                for name in self._frozen.moved(capture.root)
+            ]
+        if differences := reference.context.differences(capture.context()):
+            detail = f"the circumstances are not those of the reference ({'; '.join(differences)})"
+            faults.append(Fault(kind="fingerprint", subject="context", detail=detail))
+        if checksum_of(reference.plan) != self._plan_checksum:
+            faults.append(Fault(kind="fingerprint", subject="probes", detail="the probes in memory have changed"))
+        return tuple(faults)
+
+    def _scope(self) -> Scope:
+        assert self.reference is not None
+        names = self.probes.group_names
+        counts = {name: self.probes.groups.count(name) for name in names}
+        return Scope(
+            metrics=self.metrics,
+            groups=counts,
+            group_of=tuple(self.probes.groups),
+            hookpoints=tuple(self.reference.hookpoints),
+            progress=self._progress,
+            bank=self._bank,
+            sealed=self._sealed,
+            probes=self.probes.fingerprint,
+            reference=self.reference.fingerprint,
+            schedule=repr(self.schedule),
+            recipe=self._recipe,
         )
 
     def _require_progress(self, progress: Mapping[str, float | Tensor]) -> None:
@@ -218,19 +402,17 @@ class Monitor:
             if any(name in sensor.metrics for sensor in self.sensors):
                 raise ConfigError(f"observe was given {name!r}, which is a metric's name. Give it another one.")
 
-    def _opened(self, reference: Reference, head: OutputHead) -> dict[str, Fold]:
-        folds: dict[str, Fold] = {}
-        for sensor in self.sensors:
-            self._contained(sensor.name, partial(_open_into, folds, sensor, reference, head))
-        return folds
-
     def _hand_on(self, findings: Findings) -> None:
-        if not (findings.readings or findings.token_shifts or findings.tensors):
+        empty = Findings(step=findings.step, by_probe=findings.by_probe, faults=findings.faults)
+        if findings == empty:
             return
         if not self._log_text:
             findings = findings.without_text()
         for sink in ((self._record,) if self._record is not None else ()) + self._sinks:
             self._contained(type(sink).__name__, partial(sink.write, findings))
+        self._store_state()
+
+    def _store_state(self) -> None:
         if self._record is not None:
             record = self._record
             self._contained("Record", partial(record.write_state, self.state_dict()))
@@ -257,6 +439,9 @@ class Monitor:
             "probes": self.probes.fingerprint,
             "last_step": self._last_step,
             "failures": dict(self.failures),
+            "noise_floor": self._floor,
+            "oversight": self._oversight.state_dict(),
+            "verdict": None if self._verdict is None else asdict(self._verdict),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -269,6 +454,9 @@ class Monitor:
         self._fingerprint = state["reference"]
         self._last_step = state["last_step"]
         self.failures = dict(state["failures"])
+        self._floor = state["noise_floor"]
+        self._oversight.load_state_dict(state["oversight"])
+        self._verdict = None if state["verdict"] is None else Verdict(**state["verdict"])
         self._resume = True
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -319,8 +507,11 @@ class Monitor:
             "hookpoints": list(self.reference.hookpoints),
             "sensors": [sensor.name for sensor in self.sensors],
             "schedule": repr(self.schedule),
+            "recipe": self._recipe,
+            "rules": [rule.name for rule in self._oversight.rules],
+            "sealed": self._sealed,
             "context": asdict(self.reference.context),
-            "metrics": {name: asdict(info) for sensor in self.sensors for name, info in sensor.metrics.items()},
+            "metrics": {name: asdict(info) for name, info in self.metrics.items()},
         }
 
 
@@ -342,6 +533,10 @@ def _open_into(folds: dict[str, Fold], sensor: Sensor, reference: Reference, hea
 
 def _finish_into(found: list[Findings], fold: Fold, step: int) -> None:
     found.append(fold.finish(step))
+
+
+def _joined(*notes: str) -> str:
+    return "; ".join(note for note in notes if note)
 
 
 def _progress_reading(step: int, name: str, value: float | Tensor, bank: str) -> Reading:

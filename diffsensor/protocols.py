@@ -15,6 +15,7 @@ from diffsensor.types import (
     MetricInfo,
     Piece,
     Plan,
+    Reading,
     ReferenceRows,
     Scope,
     Severity,
@@ -290,3 +291,32 @@ class Action(Protocol):
     def __call__(self, alert: Alert, controller: Controller) -> str:
         """Ask for it. Returns a clause on what was done; raises `RefusedError` where it was not."""
         ...
+
+
+@runtime_checkable
+class Budget(Protocol):
+    """Keeps the drift near a limit, by a KL penalty whose coefficient it moves after each look."""
+
+    @property
+    def metrics(self) -> frozenset[str]: ...
+
+    @property
+    def coefficient(self) -> float:
+        """The coefficient of the KL penalty as it should be now."""
+        ...
+
+    def check(self, scope: Scope) -> None:
+        """As of a rule."""
+        ...
+
+    def update(self, findings: Findings) -> float | None:
+        """Take in one look. Returns the new coefficient; None to leave it, where there is nothing to go by."""
+        ...
+
+    def evidence(self, step: int) -> Reading:
+        """The coefficient as a reading."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...

@@ -85,9 +85,9 @@ class Reading:
     def is_measurable(self) -> bool:
         """Whether it is at least 3 noise floors from 0. Below, it is reported as no measurable drift.
 
-        True where no floor was measured: then nothing is known against it.
+        True where no floor was measured: then nothing is known against it. True of a NaN, which is no zero.
         """
-        return math.isnan(self.noise_floor) or abs(self.value) > FLOORS_TO_SEE * self.noise_floor
+        return not abs(self.value) <= FLOORS_TO_SEE * self.noise_floor
 
     @property
     def key(self) -> str:

@@ -126,7 +126,7 @@ def test_a_sensor_that_fails_is_left_out_logged_once_and_counted(
     where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = llama()
-    monitor = Monitor(probe_set(), sensors=[Counting(fail_at=where), Outputs()], cache_dir=tmp_path)
+    monitor = Monitor(probe_set(), sensors=[Counting(fail_at=where), Outputs()], cache_dir=tmp_path, rules=[])
     for step in range(3):
         assert {reading.sensor for reading in monitor.read(model, step)} == {"outputs"}
     assert monitor.failures == {"counting": 3}
@@ -142,7 +142,7 @@ def test_a_sensor_that_fails_for_a_moment_gives_no_reading_of_the_rest(where: st
     """Opened again in the middle of the probes, it would read a part of them and call it all."""
     probes, model = probe_set(texts(num=60, longest=40)), llama()
     sensor = Counting(fail_at=where, times=1)
-    monitor = Monitor(probes, sensors=[sensor], cache_dir=tmp_path)
+    monitor = Monitor(probes, sensors=[sensor], cache_dir=tmp_path, noise_floor=False)
     assert monitor.read(model, 0) == []
     assert monitor.reference is not None
     assert len(monitor.reference.plan.batches) > 1

@@ -6,6 +6,7 @@ from diffsensor.errors import ConfigError, unknown
 from diffsensor.protocols import Sensor
 from diffsensor.sensors.activations import Activations as Activations
 from diffsensor.sensors.outputs import Outputs as Outputs
+from diffsensor.sensors.sealed import Sealed as Sealed
 
 #: Sensors by the name that a configuration gives them.
 SENSORS: dict[str, Callable[[], Sensor]] = {

@@ -1,0 +1,75 @@
+"""The gate: a verdict on a checkpoint, and where it is kept beside it."""
+
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import final
+
+from diffsensor.errors import ConfigError
+from diffsensor.protocols import Criterion
+from diffsensor.storage.atomic import store
+from diffsensor.storage.checked_json import json_bytes, read_json
+from diffsensor.types import Findings, Scope, Verdict
+
+#: Fail over unknown over pass: one criterion that is not met is enough.
+_ORDER = ("fail", "unknown", "pass")
+
+
+@final
+class Gate:
+    """Judges a checkpoint by what was read of it: pass only if every criterion passes.
+
+        Gate(Limit("kl_ref_live", above=0.3), Limit("kl_ref_live", above=0.5, group="*"))
+
+    A limit passes where the reading is below it with confidence, fails where it is above it with confidence, and is
+    unknown in between. What could not be read is unknown, and unknown is not a pass.
+
+    Arguments:
+        criteria: rules that can judge one look by itself: `Limit`, `Invariant`, `Envelope`.
+    """
+
+    def __init__(self, *criteria: Criterion) -> None:
+        if not criteria:
+            raise ConfigError(
+                "A gate was given no criterion, so it would pass everything. Give it one, such as a Limit."
+            )
+        for criterion in criteria:
+            if not isinstance(criterion, Criterion):
+                raise ConfigError(
+                    f"The gate was given {criterion!r}, which cannot judge one checkpoint by itself. "
+                    "Give it a Limit, an Invariant or an Envelope."
+                )
+        self.criteria = criteria
+
+    @property
+    def metrics(self) -> frozenset[str]:
+        return frozenset[str]().union(*(criterion.metrics for criterion in self.criteria))
+
+    def check(self, scope: Scope) -> None:
+        for criterion in self.criteria:
+            criterion.check(scope)
+
+    def verdict(self, findings: Findings) -> Verdict:
+        """The verdict on the model as it was read."""
+        verdicts = sorted((one.verdict(findings) for one in self.criteria), key=lambda one: _ORDER.index(one.outcome))
+        worst = verdicts[0]
+        others = [one.rule for one in verdicts[1:] if one.outcome == worst.outcome != "pass"]
+        if others:
+            worst = replace(worst, reason=f"{worst.reason} So with {', '.join(others)}.")
+        return worst
+
+    def unread(self, step: int) -> Verdict:
+        """The verdict on a model of which nothing could be read."""
+        return Verdict(step=step, outcome="unknown", reason=f"Nothing could be read at step {step}; see the log.")
+
+
+def write_verdict(path: str | os.PathLike[str], verdict: Verdict) -> None:
+    """Write a verdict into a file of its own, as a whole or not at all."""
+    store(Path(path), json_bytes("verdict", asdict(verdict)))
+
+
+def read_verdict(path: str | os.PathLike[str]) -> Verdict:
+    """The verdict that `write_verdict` wrote; unknown where there is none. Raises `CorruptFileError` if changed."""
+    if not Path(path).exists():
+        return Verdict(step=-1, outcome="unknown", reason=f"There is no verdict at {path}, and unknown is not a pass.")
+    return Verdict(**read_json(Path(path), "verdict"))

@@ -1,0 +1,362 @@
+"""What follows from a look: rules make alerts of it, responses ask the run for something, the gate gives a verdict."""
+
+import logging
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, final
+
+from diffsensor.actions import UNKNOWN_LOOKS, Response, state_of
+from diffsensor.control import LoopController
+from diffsensor.errors import ConfigError, RefusedError, listed
+from diffsensor.gate import Gate
+from diffsensor.protocols import Action, Budget, Controller, Rule
+from diffsensor.types import (
+    Ability,
+    ActionTaken,
+    Alert,
+    Findings,
+    Judgement,
+    MetricInfo,
+    Reading,
+    Scope,
+    Signal,
+    State,
+)
+
+logger = logging.getLogger(__name__)
+
+BUDGET = "drift budget"
+#: The subject of an alert on a rule that could not be judged, at `UNKNOWN_LOOKS` looks in a row.
+UNJUDGED = "unjudged"
+
+
+@final
+class Oversight:
+    """Judges looks one after the other, and carries out what responses ask for.
+
+    `judge` first, then the findings are to be stored with their alerts, then `act`: so a stop is on record before
+    it happens, and what was still to be done when a run was killed is done when it goes on. Its state is of plain
+    types: a run that goes on with it alerts and acts as the uninterrupted one would have.
+    """
+
+    def __init__(
+        self,
+        rules: Sequence[Rule | Response] = (),
+        gate: Gate | None = None,
+        budget: Budget | None = None,
+        *,
+        contain: Callable[[str, Exception], None],
+    ) -> None:
+        self._responses = tuple(part for part in rules if isinstance(part, Response))
+        self._rules = tuple(part.rule if isinstance(part, Response) else part for part in rules)
+        for rule in self._rules:
+            if not isinstance(rule, Rule):
+                raise ConfigError(f"rules holds {rule!r}, expected rules and responses, such as Limit(...).")
+        names = [rule.name for rule in self._rules]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(
+                f"Two rules are named {twice[0]!r}, so their alerts and their states could not be told apart. "
+                f"Give one of them another name: name='{twice[0]} 2'. A response needs no second rule beside it."
+            )
+        self.gate, self.budget = gate, budget
+        self._contain = contain
+        self._tracks: dict[str, dict[str, _Track]] = {name: {} for name in names}
+        self._unknown = {name: _Track() for name in names}
+        self._last_alerts: dict[str, dict[str, Any]] = {}
+        self._num_looks = 0
+        self._pending: dict[str, Any] | None = None
+        self._coefficient: float | None = None
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        return self._rules
+
+    @property
+    def looks_at_faults(self) -> bool:
+        """Whether anything here would notice that weights which do not train have moved."""
+        return bool(self._rules) or self.gate is not None
+
+    def refuse_sealed(self, metrics: Mapping[str, MetricInfo], *, bank_is_sealed: bool) -> None:
+        """Raise where something sealed would drive an action, a budget or a gate."""
+        parts: list[tuple[str, Collection[str]]] = [
+            (f"The response to {response.rule.name!r}", response.rule.metrics) for response in self._responses
+        ]
+        parts += [("The gate", self.gate.metrics)] if self.gate is not None else []
+        parts += [("The drift budget", self.budget.metrics)] if self.budget is not None else []
+        for who, used in parts:
+            sealed = sorted(name for name in (used or metrics) if name in metrics and metrics[name].sealed)
+            if bank_is_sealed or sealed:
+                what = "a sealed bank" if bank_is_sealed else f"the sealed metric {sealed[0]!r}"
+                raise ConfigError(
+                    f"{who} would act on {what}. Sealed readings may alert a person, but they never drive an action: "
+                    "what a run is steered by becomes a training target, and then it no longer tells the truth. Give "
+                    "the rule alone, without actions, or respond to a bank that is not sealed."
+                )
+
+    def check(self, scope: Scope, controller: Controller | None) -> None:
+        """Raise where a rule cannot be judged on what will be read, or the run cannot do what is asked of it."""
+        for rule in self._rules:
+            rule.check(scope)
+        if self.gate is not None:
+            self.gate.check(scope)
+        if self.budget is not None:
+            self.budget.check(scope)
+        for who, action in self._wanted():
+            needs = action.needs
+            if needs is None:
+                continue
+            if controller is None:
+                raise ConfigError(
+                    f"{who} asks for {action.name}, and nothing here can carry it out. Give the monitor a controller: "
+                    "Monitor(..., controller=LoopController(model, optimizer)), or use the callback of your trainer."
+                )
+            if reason := controller.cannot(needs):
+                raise ConfigError(f"{who} asks for {action.name}, which this run cannot do. {reason}")
+        if self.budget is not None:
+            if controller is None:
+                raise ConfigError(
+                    "A drift budget was given, and nothing here can move the coefficient of a KL penalty. Give the "
+                    "monitor a controller with one: Monitor(..., controller=LoopController(penalty=KLPenalty(...)))."
+                )
+            if reason := controller.cannot("set_kl_coefficient"):
+                raise ConfigError(
+                    f"The drift budget moves the coefficient of a KL penalty, and this run has none. {reason}"
+                )
+
+    def _wanted(self) -> list[tuple[str, Action]]:
+        return [
+            (f"The response to {response.rule.name!r}", action)
+            for response in self._responses
+            for action in response.actions
+        ]
+
+    def begin(self, controller: Controller | None) -> None:
+        """Give the run the KL coefficient that it had, or that the budget begins with."""
+        if controller is None:
+            return
+        if self._coefficient is None and self.budget is not None:
+            self._coefficient = self.budget.coefficient
+        if self._coefficient is not None:
+            controller.set_kl_coefficient(self._coefficient)
+
+    def judge(self, findings: Findings, told: Collection[tuple[str, str, int]] = ()) -> Findings:
+        """The findings with the evidence of rules among the readings, and with alerts.
+
+        `told` are the rule, subject and step of alerts that were on record before.
+        """
+        self._num_looks += 1
+        step = findings.step
+        alerts: list[Alert] = []
+        states: dict[str, State] = {}
+        evidence: list[Reading] = []
+        for rule in self._rules:
+            judgement = self._judged(rule, findings)
+            evidence += judgement.evidence
+            states[rule.name] = state_of(judgement)
+            raised = [self._follow(rule, signal, step) for signal in judgement.signals]
+            raised.append(self._follow_unknown(rule, judgement, step))
+            alerts += (alert for alert in raised if alert is not None)
+        coefficient: float | None = None
+        if self.budget is not None:
+            coefficient, reading = self._steered(self.budget, findings)
+            evidence.append(reading)
+        alerts = [replace(alert, is_repeat=(alert.rule, alert.subject, step) in told) for alert in alerts]
+        for alert in alerts:
+            self._last_alerts[alert.rule] = asdict(alert)
+        findings = replace(findings, readings=(*findings.readings, *evidence), alerts=tuple(alerts))
+        if self._responses or self.budget is not None:
+            self._pending = {
+                "step": step,
+                "states": {response.rule.name: states[response.rule.name] for response in self._responses},
+                "alerted": sorted({alert.rule for alert in alerts}),
+                "coefficient": coefficient,
+                "passed": self._has_passed(findings, states),
+            }
+        return findings
+
+    def _judged(self, rule: Rule, findings: Findings) -> Judgement:
+        try:
+            return rule.update(findings)
+        except Exception as error:  # noqa: BLE001 - a broken rule is contained like a broken sensor
+            self._contain(f"rule {rule.name!r}", error)
+            return Judgement(signals=(Signal(subject="", state="unknown", what="the rule failed"),))
+
+    def _steered(self, budget: Budget, findings: Findings) -> tuple[float | None, Reading]:
+        coefficient = budget.update(findings)
+        return coefficient, budget.evidence(findings.step)
+
+    def _follow(self, rule: Rule, signal: Signal, step: int) -> Alert | None:
+        """The alert on a breach, once; later where the cool-down of the last one is still on."""
+        track = self._tracks[rule.name].setdefault(signal.subject, _Track())
+        if signal.state == "quiet":
+            track.since, track.is_told = -1, False
+        if signal.state != "breach" or track.is_told:
+            return None
+        is_new = track.since < 0
+        if is_new:
+            track.since = signal.since if signal.since >= 0 else step
+        if track.alerted_at and self._num_looks - track.alerted_at <= rule.cooldown:
+            track.suppressed += is_new
+            return None
+        alert = _alert(rule, signal, step, track)
+        track.alerted_at, track.is_told, track.suppressed = self._num_looks, True, 0
+        return alert
+
+    def _follow_unknown(self, rule: Rule, judgement: Judgement, step: int) -> Alert | None:
+        """The alert on a rule that could not be judged at `UNKNOWN_LOOKS` looks in a row."""
+        track = self._unknown[rule.name]
+        if state_of(judgement) != "unknown":
+            track.since, track.suppressed = -1, 0
+            return None
+        if track.since < 0:
+            track.since = step
+        track.suppressed += 1
+        if track.suppressed != UNKNOWN_LOOKS:
+            return None
+        why = next((signal.what for signal in judgement.signals if signal.state == "unknown" and signal.what), "")
+        return Alert(
+            step=step,
+            rule=rule.name,
+            severity="critical" if rule.name in {response.rule.name for response in self._responses} else "warning",
+            subject=UNJUDGED,
+            message=f"The rule {rule.name!r} cannot be judged{f' ({why})' if why else ''}, since step {track.since}. "
+            "What is not read is not watched: look in the log for what failed.",
+            first_step=track.since,
+        )
+
+    def _has_passed(self, findings: Findings, states: Mapping[str, State]) -> bool:
+        if self.gate is not None:
+            return self.gate.verdict(findings).outcome == "pass"
+        return not findings.faults and all(state == "quiet" for state in states.values())
+
+    def act(self, controller: Controller | None, told: Callable[[ActionTaken], None]) -> None:
+        """Ask the run for what the last look calls for. Each request is `told` with what became of it.
+
+        Does nothing where that was done already, also in a run that goes on from a state taken in between.
+        """
+        if self._pending is None:
+            return
+        pending, step = self._pending, self._pending["step"]
+        asked: set[Ability | None] = set()
+        for response in self._responses:
+            name = response.rule.name
+            for action in response.due(step, pending["states"][name], name in pending["alerted"]):
+                told(self._asked(action, self._alert_of(response.rule, step), controller))
+                asked.add(action.needs)
+        if pending["coefficient"] is not None and controller is not None:
+            told(self._moved(pending["coefficient"], step, controller))
+            asked.add("set_kl_coefficient")
+        if controller is not None and "set_kl_coefficient" in asked:
+            self._coefficient = controller.kl_coefficient()
+        rolls_back = any(action.needs == "rollback" for response in self._responses for action in response.actions)
+        if controller is not None and rolls_back and pending["passed"] and "rollback" not in asked:
+            try:
+                controller.keep(step)
+            except Exception as error:  # noqa: BLE001
+                self._contain("keeping a copy to roll back to", error)
+        self._pending = None
+
+    @property
+    def has_to_act(self) -> bool:
+        """Whether the last look calls for something that `act` has not done yet."""
+        return self._pending is not None
+
+    def _alert_of(self, rule: Rule, step: int) -> Alert:
+        """What to tell with an action: the alert of this breach, or that the rule could not be judged."""
+        if (last := self._last_alerts.get(rule.name)) is not None:
+            return replace(Alert(**last), step=step)
+        message = f"The rule {rule.name!r} cannot be judged since step {self._unknown[rule.name].since}."
+        return Alert(step=step, rule=rule.name, severity="critical", subject=UNJUDGED, message=message, first_step=step)
+
+    def _asked(self, action: Action, alert: Alert, controller: Controller | None) -> ActionTaken:
+        taken = ActionTaken(step=alert.step, rule=alert.rule, action=action.name, outcome="done", detail="")
+        if action.needs is not None and controller is None:
+            return replace(taken, outcome="refused", detail="There is no controller.")
+        try:
+            return replace(taken, detail=action(alert, controller or LoopController()))
+        except RefusedError as error:
+            logger.warning(
+                "%s, asked for by %r at step %d, was refused. %s", action.name, alert.rule, alert.step, error
+            )
+            return replace(taken, outcome="refused", detail=str(error))
+        except Exception as error:  # noqa: BLE001 - the run goes on, and what became of it is on record
+            self._contain(f"action {action.name}", error)
+            return replace(taken, outcome="failed", detail=f"{type(error).__name__}: {error}")
+
+    def _moved(self, coefficient: float, step: int, controller: Controller) -> ActionTaken:
+        name = f"set_kl_coefficient({coefficient:.4g})"
+        taken = ActionTaken(step=step, rule=BUDGET, action=name, outcome="done", detail="")
+        try:
+            return replace(taken, detail=controller.set_kl_coefficient(coefficient))
+        except RefusedError as error:
+            return replace(taken, outcome="refused", detail=str(error))
+        except Exception as error:  # noqa: BLE001
+            self._contain(f"action {name}", error)
+            return replace(taken, outcome="failed", detail=f"{type(error).__name__}: {error}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "num_looks": self._num_looks,
+            "rules": {rule.name: rule.state_dict() for rule in self._rules},
+            "responses": {response.rule.name: response.state_dict() for response in self._responses},
+            "budget": None if self.budget is None else self.budget.state_dict(),
+            "tracks": {name: {key: asdict(track) for key, track in of.items()} for name, of in self._tracks.items()},
+            "unknown": {name: asdict(track) for name, track in self._unknown.items()},
+            "last_alerts": dict(self._last_alerts),
+            "coefficient": self._coefficient,
+            "pending": self._pending,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where that state was taken. A rule that it does not know begins anew, and says so."""
+        self._num_looks = state["num_looks"]
+        self._coefficient = state["coefficient"]
+        names = {rule.name for rule in self._rules}
+        if new := sorted(names - state["rules"].keys()):
+            logger.warning("The run that goes on did not have the rules %s: they begin now.", listed(new))
+        if gone := sorted(state["rules"].keys() - names):
+            logger.warning("The run that goes on had the rules %s, which are not given any more.", listed(gone))
+        for rule in self._rules:
+            if rule.name in state["rules"]:
+                rule.load_state_dict(state["rules"][rule.name])
+                self._tracks[rule.name] = {key: _Track(**kept) for key, kept in state["tracks"][rule.name].items()}
+                self._unknown[rule.name] = _Track(**state["unknown"][rule.name])
+        for response in self._responses:
+            if response.rule.name in state["responses"]:
+                response.load_state_dict(state["responses"][response.rule.name])
+        if self.budget is not None and state["budget"] is not None:
+            self.budget.load_state_dict(state["budget"])
+        self._last_alerts = {name: kept for name, kept in state["last_alerts"].items() if name in names}
+        pending = state["pending"]
+        known = pending is None or pending["states"].keys() == {response.rule.name for response in self._responses}
+        self._pending = pending if known else None
+
+
+@dataclass(slots=True, kw_only=True)
+class _Track:
+    """One subject of one rule: since which step it is in breach, and what was told of that."""
+
+    since: int = -1
+    is_told: bool = False
+    alerted_at: int = 0  # the number of that look; 0 for never
+    suppressed: int = 0
+
+
+def _alert(rule: Rule, signal: Signal, step: int, track: _Track) -> Alert:
+    reading = signal.reading
+    withheld = f" {track.suppressed} earlier alerts on this were withheld." if track.suppressed else ""
+    what = signal.what or f"{signal.subject} breaks the rule {rule.name!r}"
+    return Alert(
+        step=step,
+        rule=rule.name,
+        severity=rule.severity,
+        subject=signal.subject,
+        message=f"{what}, since step {track.since}.{withheld} {signal.advice}".rstrip(),
+        value=reading.value if reading else math.nan,
+        stderr=reading.stderr if reading else math.nan,
+        threshold=signal.threshold,
+        unit=reading.unit if reading else "",
+        first_step=track.since,
+        suppressed=track.suppressed,
+    )

@@ -1,0 +1,401 @@
+"""What follows from a look: when an alert is told, when it is withheld, what is asked of the run and when again."""
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from diffsensor.actions import Log, Response, Rollback, ScaleLearningRate, SetKLCoefficient, Stop
+from diffsensor.actions.budget import DriftBudget
+from diffsensor.errors import ConfigError, RefusedError
+from diffsensor.gate import Gate
+from diffsensor.oversight import Oversight
+from diffsensor.rules import Limit
+from diffsensor.types import (
+    Ability,
+    ActionTaken,
+    Alert,
+    Findings,
+    Judgement,
+    MetricInfo,
+    Reading,
+    Scope,
+    Severity,
+    Signal,
+    State,
+)
+
+KL = MetricInfo(name="kl_ref_live", unit="nats/token", low=0, high=math.inf, direction="", estimator="", scale="log")
+
+
+class Scripted:
+    """A rule that says what it is told to, subject by subject, look by look."""
+
+    def __init__(
+        self,
+        *looks: Mapping[str, State] | State | Exception,
+        name: str = "scripted",
+        cooldown: int = 0,
+        metrics: Sequence[str] = (),
+        may_stop: bool = True,
+    ) -> None:
+        self.looks, self.name, self.cooldown, self.at = looks, name, cooldown, 0
+        self.metrics, self.may_stop = frozenset(metrics), may_stop
+        self.severity: Severity = "warning"
+        self.checked: list[Scope] = []
+
+    def check(self, scope: Scope) -> None:
+        self.checked.append(scope)
+
+    def update(self, findings: Findings) -> Judgement:
+        look = self.looks[self.at]
+        self.at += 1
+        if isinstance(look, Exception):
+            raise look
+        states = {"it": look} if isinstance(look, str) else look
+        return Judgement(
+            signals=tuple(
+                Signal(subject=subject, state=state, what=f"{subject} is off", advice="Look at it.")
+                for subject, state in states.items()
+            ),
+            evidence=(reading(findings.step, "evidence", self.at),),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.at = state["at"]
+
+
+class Run:
+    """A controller that notes what it is asked for."""
+
+    def __init__(self, *, unable: Sequence[Ability] = (), refuse: Sequence[str] = (), fail: Sequence[str] = ()) -> None:
+        self.unable, self.refuse, self.fail = unable, refuse, fail
+        self.asked: list[object] = []
+        self.coefficient = 1.0
+
+    def cannot(self, ability: Ability) -> str:
+        return f"It has no {ability}. Get one." if ability in self.unable else ""
+
+    def _ask(self, what: str, *details: object) -> str:
+        if what in self.refuse:
+            raise RefusedError(f"No {what} now.")
+        if what in self.fail:
+            raise ZeroDivisionError(what)
+        self.asked.append((what, *details) if details else what)
+        return f"did {what}"
+
+    def stop(self, reason: str) -> str:
+        return self._ask("stop")
+
+    def save_checkpoint(self, reason: str) -> str:
+        return self._ask("save_checkpoint")
+
+    def scale_learning_rate(self, factor: float) -> str:
+        return self._ask("scale", factor)
+
+    def kl_coefficient(self) -> float:
+        return self.coefficient
+
+    def set_kl_coefficient(self, value: float) -> str:
+        self.coefficient = value
+        return self._ask("set", value)
+
+    def keep(self, step: int) -> None:
+        self._ask("keep", step)
+
+    def rollback(self, reason: str) -> str:
+        return self._ask("rollback")
+
+    def pause(self, reason: str) -> str:
+        return self._ask("pause")
+
+
+def reading(step: int, metric: str = "kl_ref_live", value: float = 0.1) -> Reading:
+    return Reading(step=step, sensor="outputs", metric=metric, value=value, unit="nats/token", scale="log")
+
+
+def findings(step: int, value: float = 0.1) -> Findings:
+    return Findings(step=step, readings=(reading(step, value=value),))
+
+
+def scope(**changes: object) -> Scope:
+    return Scope(**({"metrics": {"kl_ref_live": KL}, "groups": {}} | changes))
+
+
+def oversight(*rules: object, errors: list[str] | None = None, **parts: object) -> Oversight:
+    def contain(name: str, error: Exception) -> None:
+        assert errors is not None, error
+        errors.append(name)
+
+    return Oversight(rules, contain=contain, **parts)
+
+
+def look(
+    watching: Oversight, run: Run | None = None, *, step: int = 0, value: float = 0.1
+) -> tuple[list[Alert], list[ActionTaken]]:
+    found = watching.judge(findings(step, value))
+    taken: list[ActionTaken] = []
+    watching.act(run, taken.append)
+    return list(found.alerts), taken
+
+
+def alerts(watching: Oversight, num: int) -> list[Alert]:
+    return [alert for step in range(num) for alert in look(watching, step=10 * step)[0]]
+
+
+# Alerts
+
+
+def test_a_breach_is_told_once_and_again_when_it_begins_again() -> None:
+    watching = oversight(Scripted("quiet", "breach", "breach", "quiet", "breach", "breach"))
+    told = alerts(watching, 6)
+    assert [(alert.step, alert.first_step, alert.suppressed) for alert in told] == [(10, 10, 0), (40, 40, 0)]
+    assert told[0].message == "it is off, since step 10. Look at it."
+    assert (told[0].rule, told[0].severity, told[0].subject) == ("scripted", "warning", "it")
+
+
+def test_each_subject_is_told_of_by_itself() -> None:
+    watching = oversight(Scripted({"a": "breach", "b": "quiet"}, {"a": "breach", "b": "breach"}))
+    assert [(alert.step, alert.subject) for alert in alerts(watching, 2)] == [(0, "a"), (10, "b")]
+
+
+def test_within_the_cooldown_alerts_are_counted_and_a_lasting_breach_is_told_after_it() -> None:
+    rule = Scripted(*["breach", "quiet"] * 3, *["breach"] * 4, cooldown=7)
+    told = alerts(oversight(rule), 10)
+    # Looks 2, 4 and 6 begin breaches that are withheld; the last one still lasts when the cool-down is over.
+    assert [(alert.step, alert.first_step, alert.suppressed) for alert in told] == [(0, 0, 0), (80, 60, 3)]
+    assert "3 earlier alerts on this were withheld." in told[1].message
+
+
+def test_a_look_that_cannot_tell_neither_ends_a_breach_nor_begins_one() -> None:
+    watching = oversight(Scripted("breach", "unknown", "breach", "quiet", "unknown", "quiet"))
+    assert [alert.step for alert in alerts(watching, 6)] == [0]
+
+
+def test_a_rule_that_cannot_tell_twice_in_a_row_is_told_of_once() -> None:
+    told = alerts(oversight(Scripted("quiet", "unknown", "unknown", "unknown", "quiet", "unknown", "unknown")), 7)
+    assert [(alert.step, alert.subject, alert.first_step) for alert in told] == [
+        (20, "unjudged", 10),
+        (60, "unjudged", 50),
+    ]
+    assert "'scripted' cannot be judged (it is off), since step 10" in told[0].message
+
+
+def test_a_rule_that_raises_is_contained_and_told_of() -> None:
+    errors: list[str] = []
+    rules = Scripted(ZeroDivisionError("1"), ZeroDivisionError("2")), Scripted("quiet", "breach", name="other")
+    told = alerts(oversight(*rules, errors=errors), 2)
+    assert errors == ["rule 'scripted'"] * 2
+    assert [(alert.rule, alert.subject) for alert in told] == [("scripted", "unjudged"), ("other", "it")]
+
+
+def test_evidence_becomes_readings() -> None:
+    found = oversight(Scripted("quiet")).judge(findings(5))
+    assert [each.metric for each in found.readings] == ["kl_ref_live", "evidence"]
+
+
+def test_an_alert_that_was_on_record_before_is_marked() -> None:
+    watching = oversight(Scripted({"a": "breach", "b": "breach"}))
+    found = watching.judge(findings(5), told={("scripted", "a", 5), ("scripted", "b", 6)})
+    assert [alert.is_repeat for alert in found.alerts] == [True, False]
+
+
+# Actions
+
+
+def test_actions_come_at_the_alert_in_order_and_are_told_with_what_became_of_them() -> None:
+    run = Run(refuse=["scale"])
+    watching = oversight(Response(Scripted("quiet", "breach", "breach"), Log(), ScaleLearningRate(0.5), Stop()))
+    assert look(watching, run, step=0)[1] == []
+    taken = look(watching, run, step=7)[1]
+    assert [(each.step, each.rule, each.action, each.outcome) for each in taken] == [
+        (7, "scripted", "log(warning)", "done"),
+        (7, "scripted", "scale_learning_rate(0.5)", "refused"),
+        (7, "scripted", "stop", "done"),
+    ]
+    assert taken[1].detail == "No scale now."
+    assert run.asked == ["stop"]
+    assert look(watching, run, step=8)[1] == []
+
+
+def test_an_action_that_fails_is_contained_and_the_next_one_comes_all_the_same() -> None:
+    errors: list[str] = []
+    run = Run(fail=["scale"])
+    watching = oversight(Response(Scripted("breach"), ScaleLearningRate(0.5), Stop()), errors=errors)
+    taken = look(watching, run)[1]
+    assert [each.outcome for each in taken] == ["failed", "done"]
+    assert taken[0].detail == "ZeroDivisionError: scale"
+    assert (errors, run.asked) == (["action scale_learning_rate(0.5)"], ["stop"])
+
+
+def test_a_stop_rule_that_cannot_be_judged_twice_in_a_row_stops_the_run() -> None:
+    run = Run()
+    watching = oversight(Response(Scripted("quiet", "unknown", "unknown"), Stop()))
+    for step in range(3):
+        told, taken = look(watching, run, step=step)
+    assert run.asked == ["stop"]
+    assert [(alert.severity, alert.subject) for alert in told] == [("critical", "unjudged")]
+    assert [each.action for each in taken] == ["stop"]
+
+
+def test_what_was_asked_for_is_not_asked_for_again_and_what_was_not_is() -> None:
+    """The state is taken between the look and its actions, as it is when a run is killed there; and after them."""
+    for is_killed_before in (True, False):
+        first, run = oversight(Response(Scripted("breach", "breach"), ScaleLearningRate(0.5))), Run()
+        first.judge(findings(0))
+        if not is_killed_before:
+            first.act(run, lambda taken: None)
+        state = json.loads(json.dumps(first.state_dict()))
+        second, later = oversight(Response(Scripted("breach", "breach"), ScaleLearningRate(0.5))), Run()
+        second.load_state_dict(state)
+        assert second.has_to_act == is_killed_before
+        second.act(later, lambda taken: None)
+        second.act(later, lambda taken: None)
+        assert run.asked + later.asked == [("scale", 0.5)]
+
+
+def test_what_passed_is_kept_for_a_rollback_and_nothing_else() -> None:
+    run = Run()
+    watching = oversight(Response(Scripted("quiet", "breach", "unknown", "quiet"), Rollback()))
+    for step in range(4):
+        look(watching, run, step=step)
+    assert run.asked == [("keep", 0), "rollback", ("keep", 3)]
+    run = Run()
+    watching = oversight(Response(Scripted("quiet", "quiet"), Log()))
+    look(watching, run)
+    assert run.asked == []
+
+
+def test_with_a_gate_only_what_it_passes_is_kept() -> None:
+    run = Run()
+    gate = Gate(Limit("kl_ref_live", above=0.2))
+    watching = oversight(Response(Scripted("quiet", "quiet"), Rollback()), gate=gate)
+    look(watching, run, step=0, value=0.3)
+    look(watching, run, step=1, value=0.1)
+    assert run.asked == [("keep", 1)]
+
+
+def test_the_coefficient_that_was_set_is_set_again_when_a_run_goes_on() -> None:
+    first, run = oversight(Response(Scripted("breach"), SetKLCoefficient(0.25))), Run()
+    look(first, run)
+    second, later = oversight(Response(Scripted("breach"), SetKLCoefficient(0.25))), Run()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    second.begin(later)
+    assert later.coefficient == 0.25
+    fresh, untouched = oversight(Response(Scripted("breach"), SetKLCoefficient(0.25))), Run()
+    fresh.begin(untouched)
+    assert untouched.asked == []
+
+
+def test_a_budget_moves_the_coefficient_and_each_move_is_told() -> None:
+    budget, run = DriftBudget(0.2), Run()
+    watching = oversight(budget=budget)
+    watching.begin(run)
+    assert run.coefficient == budget.coefficient
+    begun = run.coefficient
+    found = watching.judge(findings(0, value=0.4))
+    taken: list[ActionTaken] = []
+    watching.act(run, taken.append)
+    assert run.coefficient > begun
+    assert [(each.rule, each.outcome) for each in taken] == [("drift budget", "done")]
+    assert found.readings[-1].value == run.coefficient
+    again, later = oversight(budget=DriftBudget(0.2)), Run()
+    again.load_state_dict(json.loads(json.dumps(watching.state_dict())))
+    again.begin(later)
+    assert later.coefficient == run.coefficient
+
+
+# What is refused
+
+
+def test_two_rules_of_one_name_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"Two rules are named 'scripted'.*name='scripted 2'"):
+        oversight(Scripted(), Response(Scripted(), Log()))
+
+
+def test_what_the_run_cannot_do_is_refused_at_attach() -> None:
+    watching = oversight(Response(Scripted(name="mine"), Stop()))
+    with pytest.raises(
+        ConfigError, match=r"response to 'mine' asks for stop, which this run cannot do. It has no stop"
+    ):
+        watching.check(scope(), Run(unable=["stop"]))
+    with pytest.raises(ConfigError, match=r"asks for stop, and nothing here can carry it out.*LoopController"):
+        watching.check(scope(), None)
+    watching.check(scope(), Run())
+    oversight(Response(Scripted(), Log())).check(scope(), None)
+    with pytest.raises(ConfigError, match=r"drift budget moves.*has no set_kl_coefficient"):
+        oversight(budget=DriftBudget(0.2)).check(scope(), Run(unable=["set_kl_coefficient"]))
+    with pytest.raises(ConfigError, match=r"A drift budget was given, and nothing here"):
+        oversight(budget=DriftBudget(0.2)).check(scope(), None)
+
+
+def test_every_rule_and_criterion_is_checked_against_what_will_be_read() -> None:
+    rule, inner = Scripted(), Scripted(name="inner")
+    oversight(rule, Response(inner, Log())).check(scope(), None)
+    assert rule.checked == inner.checked == [scope()]
+    with pytest.raises(ConfigError, match="kl_ref_liv"):
+        oversight(gate=Gate(Limit("kl_ref_liv", above=1))).check(scope(), None)
+
+
+@pytest.mark.parametrize("bank_is_sealed", [True, False])
+def test_what_is_sealed_may_alert_but_never_drive_anything(bank_is_sealed: bool) -> None:
+    sealed = MetricInfo(name="kl", unit="", low=0, high=1, direction="", estimator="", sealed=not bank_is_sealed)
+    rule = Scripted(metrics=["kl"])
+    oversight(rule).refuse_sealed({"kl": sealed}, bank_is_sealed=bank_is_sealed)
+    for parts, who in (
+        ({"rules": [Response(rule, Log())]}, "The response to 'scripted'"),
+        ({"rules": [Response(Scripted(), Log())]}, "The response to 'scripted'"),  # looks at everything
+        ({"gate": Gate(Limit("kl", above=0.1))}, "The gate"),
+        ({"budget": DriftBudget(0.2, metric="kl")}, "The drift budget"),
+    ):
+        watching = oversight(*parts.pop("rules", []), **parts)
+        with pytest.raises(ConfigError, match=f"{who} would act on.*sealed.*training target"):
+            watching.refuse_sealed({"kl": sealed}, bank_is_sealed=bank_is_sealed)
+
+
+# A run that goes on
+
+
+def test_a_run_that_goes_on_at_any_look_alerts_and_acts_as_the_uninterrupted_one() -> None:
+    looks: list[State] = ["quiet", "breach", "breach", "quiet", "unknown", "unknown", "breach", "quiet", "breach"] * 3
+
+    def make() -> Oversight:
+        rule = Scripted(*looks, cooldown=4)
+        return oversight(Response(rule, Log(), ScaleLearningRate(0.5), Rollback(), Stop(), patience=1, cooldown=2))
+
+    def stream(stop_at: int | None) -> tuple[list[Alert], list[ActionTaken], list[object]]:
+        watching, run = make(), Run()
+        told: list[Alert] = []
+        done: list[ActionTaken] = []
+        for step in range(len(looks)):
+            if step == stop_at:
+                state = json.loads(json.dumps(watching.state_dict()))
+                watching = make()
+                watching.load_state_dict(state)
+            new, taken = look(watching, run, step=step)
+            told += new
+            done += taken
+        return told, done, run.asked
+
+    expected = stream(None)
+    assert len(expected[0]) > 3
+    assert {each.action for each in expected[1]} == {"log(warning)", "scale_learning_rate(0.5)", "rollback", "stop"}
+    for stop_at in range(len(looks)):
+        assert repr(stream(stop_at)) == repr(expected)
+
+
+def test_a_rule_that_is_new_or_gone_is_named_when_a_run_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    first = oversight(Scripted("breach", name="old"), Scripted("breach", name="both"))
+    alerts(first, 1)
+    second = oversight(Scripted(*["breach"] * 2, name="both"), Scripted("breach", name="new"))
+    with caplog.at_level(logging.WARNING):
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert "did not have the rules new: they begin now" in caplog.text
+    assert "had the rules old, which are not given any more" in caplog.text
+    assert [alert.rule for alert in alerts(second, 1)] == ["new"]  # of the other one it was told before
