@@ -1,5 +1,6 @@
 """What follows from a look: rules make alerts of it, responses ask the run for something, the gate gives a verdict."""
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -22,6 +23,7 @@ from diffsensor.types import (
     Scope,
     Signal,
     State,
+    Verdict,
 )
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,8 @@ class Oversight:
 
     `judge` first, then the findings are to be stored with their alerts, then `act`: so a stop is on record before
     it happens, and what was still to be done when a run was killed is done when it goes on. Its state is of plain
-    types: a run that goes on with it alerts and acts as the uninterrupted one would have.
+    types: a run that goes on with it alerts and acts as the uninterrupted one would have. It works on copies of what
+    it is given, so that the same rules can be given to several monitors, one after the other or at once.
     """
 
     def __init__(
@@ -48,11 +51,13 @@ class Oversight:
         *,
         contain: Callable[[str, Exception], None],
     ) -> None:
-        self._responses = tuple(part for part in rules if isinstance(part, Response))
-        self._rules = tuple(part.rule if isinstance(part, Response) else part for part in rules)
-        for rule in self._rules:
-            if not isinstance(rule, Rule):
-                raise ConfigError(f"rules holds {rule!r}, expected rules and responses, such as Limit(...).")
+        for part in rules:
+            if not isinstance(part, (Rule, Response)) or isinstance(part, type):
+                raise ConfigError(f"rules holds {part!r}, expected rules and responses, such as Limit(...).")
+        parts = [copy.deepcopy(part) for part in rules]
+        gate, budget = copy.deepcopy(gate), copy.deepcopy(budget)
+        self._responses = tuple(part for part in parts if isinstance(part, Response))
+        self._rules = tuple(part.rule if isinstance(part, Response) else part for part in parts)
         names = [rule.name for rule in self._rules]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(
@@ -65,6 +70,7 @@ class Oversight:
         self._unknown = {name: _Track() for name in names}
         self._last_alerts: dict[str, dict[str, Any]] = {}
         self._num_looks = 0
+        self._sealed: frozenset[str] = frozenset()
         self._pending: dict[str, Any] | None = None
         self._coefficient: float | None = None
 
@@ -78,14 +84,18 @@ class Oversight:
         return bool(self._rules) or self.gate is not None
 
     def refuse_sealed(self, metrics: Mapping[str, MetricInfo], *, bank_is_sealed: bool) -> None:
-        """Raise where something sealed would drive an action, a budget or a gate."""
+        """Raise where something sealed would drive an action, a budget or a gate.
+
+        What looks at everything, as `Invariant` does, is allowed there, and is shown all but what is sealed.
+        """
+        self._sealed = frozenset(name for name, info in metrics.items() if info.sealed)
         parts: list[tuple[str, Collection[str]]] = [
             (f"The response to {response.rule.name!r}", response.rule.metrics) for response in self._responses
         ]
         parts += [("The gate", self.gate.metrics)] if self.gate is not None else []
         parts += [("The drift budget", self.budget.metrics)] if self.budget is not None else []
         for who, used in parts:
-            sealed = sorted(name for name in (used or metrics) if name in metrics and metrics[name].sealed)
+            sealed = sorted(self._sealed.intersection(used))
             if bank_is_sealed or sealed:
                 what = "a sealed bank" if bank_is_sealed else f"the sealed metric {sealed[0]!r}"
                 raise ConfigError(
@@ -150,8 +160,9 @@ class Oversight:
         alerts: list[Alert] = []
         states: dict[str, State] = {}
         evidence: list[Reading] = []
+        acted_on = {response.rule.name for response in self._responses}
         for rule in self._rules:
-            judgement = self._judged(rule, findings)
+            judgement = self._judged(rule, self._unsealed(findings) if rule.name in acted_on else findings)
             evidence += judgement.evidence
             states[rule.name] = state_of(judgement)
             raised = [self._follow(rule, signal, step) for signal in judgement.signals]
@@ -174,6 +185,26 @@ class Oversight:
                 "passed": self._has_passed(findings, states),
             }
         return findings
+
+    def _unsealed(self, findings: Findings) -> Findings:
+        """What may drive an action."""
+        if not self._sealed:
+            return findings
+        return replace(
+            findings,
+            readings=tuple(reading for reading in findings.readings if reading.metric not in self._sealed),
+            by_probe={name: values for name, values in findings.by_probe.items() if name not in self._sealed},
+            token_shifts=(),
+            tensors={},
+        )
+
+    def verdict(self, gate: Gate, findings: Findings) -> Verdict:
+        """What the gate says of a look; unknown where it fails."""
+        try:
+            return gate.verdict(self._unsealed(findings))
+        except Exception as error:  # noqa: BLE001 - a gate fails closed
+            self._contain("gate", error)
+            return gate.unread(findings.step)
 
     def _judged(self, rule: Rule, findings: Findings) -> Judgement:
         try:
@@ -227,7 +258,7 @@ class Oversight:
 
     def _has_passed(self, findings: Findings, states: Mapping[str, State]) -> bool:
         if self.gate is not None:
-            return self.gate.verdict(findings).outcome == "pass"
+            return self.verdict(self.gate, findings).outcome == "pass"
         return not findings.faults and all(state == "quiet" for state in states.values())
 
     def act(self, controller: Controller | None, told: Callable[[ActionTaken], None]) -> None:

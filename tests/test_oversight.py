@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
+import torch
 
-from diffsensor.actions import Log, Response, Rollback, ScaleLearningRate, SetKLCoefficient, Stop
-from diffsensor.actions.budget import DriftBudget
+from diffsensor.actions import DriftBudget, Log, Response, Rollback, ScaleLearningRate, SetKLCoefficient, Stop
 from diffsensor.errors import ConfigError, RefusedError
 from diffsensor.gate import Gate
 from diffsensor.oversight import Oversight
@@ -297,18 +297,25 @@ def test_a_budget_moves_the_coefficient_and_each_move_is_told() -> None:
     budget, run = DriftBudget(0.2), Run()
     watching = oversight(budget=budget)
     watching.begin(run)
-    assert run.coefficient == budget.coefficient
     begun = run.coefficient
     found = watching.judge(findings(0, value=0.4))
     taken: list[ActionTaken] = []
     watching.act(run, taken.append)
-    assert run.coefficient > begun
+    assert run.coefficient > begun == DriftBudget(0.2).coefficient
     assert [(each.rule, each.outcome) for each in taken] == [("drift budget", "done")]
     assert found.readings[-1].value == run.coefficient
     again, later = oversight(budget=DriftBudget(0.2)), Run()
     again.load_state_dict(json.loads(json.dumps(watching.state_dict())))
     again.begin(later)
     assert later.coefficient == run.coefficient
+
+
+def test_the_same_rule_may_serve_several_monitors() -> None:
+    rule = Response(Scripted("quiet", "breach"), Stop())
+    for _ in range(2):
+        run, watching = Run(), oversight(rule)
+        assert [alert.step for alert in (look(watching, run, step=0)[0] + look(watching, run, step=1)[0])] == [1]
+        assert run.asked == ["stop"]
 
 
 # What is refused
@@ -336,9 +343,9 @@ def test_what_the_run_cannot_do_is_refused_at_attach() -> None:
 
 
 def test_every_rule_and_criterion_is_checked_against_what_will_be_read() -> None:
-    rule, inner = Scripted(), Scripted(name="inner")
-    oversight(rule, Response(inner, Log())).check(scope(), None)
-    assert rule.checked == inner.checked == [scope()]
+    watching = oversight(Scripted(), Response(Scripted(name="inner"), Log()))
+    watching.check(scope(), None)
+    assert [rule.checked for rule in watching.rules] == [[scope()]] * 2
     with pytest.raises(ConfigError, match="kl_ref_liv"):
         oversight(gate=Gate(Limit("kl_ref_liv", above=1))).check(scope(), None)
 
@@ -350,13 +357,27 @@ def test_what_is_sealed_may_alert_but_never_drive_anything(bank_is_sealed: bool)
     oversight(rule).refuse_sealed({"kl": sealed}, bank_is_sealed=bank_is_sealed)
     for parts, who in (
         ({"rules": [Response(rule, Log())]}, "The response to 'scripted'"),
-        ({"rules": [Response(Scripted(), Log())]}, "The response to 'scripted'"),  # looks at everything
         ({"gate": Gate(Limit("kl", above=0.1))}, "The gate"),
         ({"budget": DriftBudget(0.2, metric="kl")}, "The drift budget"),
     ):
         watching = oversight(*parts.pop("rules", []), **parts)
         with pytest.raises(ConfigError, match=f"{who} would act on.*sealed.*training target"):
             watching.refuse_sealed({"kl": sealed}, bank_is_sealed=bank_is_sealed)
+
+
+def test_what_looks_at_everything_and_may_act_is_not_shown_what_is_sealed() -> None:
+    seen: list[list[str]] = []
+
+    class Looks(Scripted):
+        def update(self, findings: Findings) -> Judgement:
+            seen.append([reading.metric for reading in findings.readings] + list(findings.by_probe))
+            return Judgement()
+
+    secret = MetricInfo(name="secret", unit="", low=0, high=1, direction="", estimator="", sealed=True)
+    watching = oversight(Looks(name="alone"), Response(Looks(name="acts"), Log()), gate=Gate(Limit("kl", above=1)))
+    watching.refuse_sealed({"secret": secret}, bank_is_sealed=False)
+    watching.judge(Findings(step=0, readings=(reading(0), reading(0, "secret")), by_probe={"secret": torch.zeros(1)}))
+    assert seen == [["kl_ref_live", "secret", "secret"], ["kl_ref_live"]]
 
 
 # A run that goes on

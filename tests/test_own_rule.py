@@ -1,3 +1,4 @@
+import copy
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -149,3 +150,39 @@ def test_what_cannot_be_a_rule_is_refused(function: Any, arguments: dict[str, An
 def test_a_module_that_lacks_what_it_imports_says_so_itself() -> None:
     with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
         Own("rules_of_a_user.broken:rule")
+
+
+def test_a_copy_of_the_rule_shares_the_callable_and_not_its_state() -> None:
+    class Uncopyable:
+        def __deepcopy__(self, memo: object) -> None:
+            raise AssertionError("a model would be copied here")
+
+        def judge(self, findings: Findings) -> None:
+            return None
+
+    class Counting:
+        def __init__(self) -> None:
+            self.num_looks = 0
+
+        def __call__(self, findings: Findings) -> bool:
+            self.num_looks += 1
+            return self.num_looks > 1
+
+        def state_dict(self) -> dict[str, int]:
+            return {"num_looks": self.num_looks}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.num_looks = state["num_looks"]
+
+    rule = Own(Uncopyable().judge, severity="info", cooldown=3, may_stop=True, metrics=["kl"], name="mine")
+    copied = copy.deepcopy(rule)
+    assert copied.update(Findings(step=0)) == rule.update(Findings(step=0))
+    for name in ("severity", "cooldown", "may_stop", "metrics", "name"):
+        assert getattr(copied, name) == getattr(rule, name)
+    first = Own(Counting(), name="counts")
+    second = copy.deepcopy(first)
+    assert [one.update(Findings(step=0)).signals[0].state for one in (first, first, second)] == [
+        "quiet",
+        "breach",
+        "quiet",
+    ]

@@ -1,5 +1,6 @@
 """A rule that a user writes as a function, named by its dotted path or given as it is."""
 
+import copy
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -78,6 +79,18 @@ class Own:
         self.metrics = frozenset(metrics)
         self.severity: Severity = severity
         self.cooldown, self.may_stop = cooldown, may_stop
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Own":
+        """A rule with the same callable, unless that has a state: it may be bound to anything, a trainer or a model."""
+        function = copy.deepcopy(self._function, memo) if isinstance(self._function, Stateful) else self._function
+        return Own(
+            function,
+            metrics=tuple(self.metrics),
+            severity=self.severity,
+            cooldown=self.cooldown,
+            name=self.name,
+            may_stop=self.may_stop,
+        )
 
     def check(self, scope: Scope) -> None:
         for metric in sorted(self.metrics):
