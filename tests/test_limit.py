@@ -392,6 +392,8 @@ def test_a_group_no_probe_of_which_counts_does_not_hold_up_a_verdict() -> None:
     rule.check(SCOPE)
     readings = (kl(0.1, 0.01, group="code"), kl(math.nan, group="prose", num_probes=0))
     assert rule.verdict(Findings(step=0, readings=readings)).outcome == "pass"
+    signals = rule.update(Findings(step=0, readings=readings)).signals
+    assert [(signal.subject, signal.state) for signal in signals] == [("diffsensor/kl_ref_live/group=code", "quiet")]
 
 
 @given(st.floats(-1.0, 1.0), st.floats(0.0, 0.5), st.floats(0.0, 0.2), st.sampled_from([-1, 1]))

@@ -1,7 +1,7 @@
 """A limit on one metric, with hysteresis: the rule for when you know how much drift is too much."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, Literal, final
@@ -193,8 +193,13 @@ class Limit:
 
     def update(self, findings: Findings) -> Judgement:
         now = self._select.readings(findings)
-        subjects = dict.fromkeys([*self._subjects, *self._standings, *now])
+        subjects = self._judged([*self._subjects, *self._standings], now)
         return Judgement(signals=tuple(self._signal(subject, now.get(subject), findings.step) for subject in subjects))
+
+    def _judged(self, known: Sequence[str], now: Mapping[str, Reading]) -> list[str]:
+        """What is known and what was read now, but for groups none of whose probes has a weight."""
+        empty = {subject for subject, reading in now.items() if self._select.group == EACH and not reading.num_probes}
+        return [subject for subject in dict.fromkeys([*known, *now]) if subject not in empty]
 
     def _signal(self, subject: str, reading: Reading | None, step: int) -> Signal:
         standing = self._standings.setdefault(subject, _Standing())
@@ -286,9 +291,7 @@ class Limit:
 
     def verdict(self, findings: Findings) -> Verdict:
         now = self._select.readings(findings)
-        # A group none of whose probes has a weight has nothing to be judged by.
-        empty = {subject for subject, reading in now.items() if self._select.group == EACH and not reading.num_probes}
-        subjects = [subject for subject in dict.fromkeys([*self._subjects, *now]) if subject not in empty]
+        subjects = self._judged(self._subjects, now)
         judged = [self._verdict(subject, now.get(subject), findings.step) for subject in subjects]
         if not judged:
             reason = f"{self._select} was not read."
