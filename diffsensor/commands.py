@@ -10,7 +10,10 @@ from importlib.metadata import EntryPoint, entry_points, version
 import typer
 
 GROUP = "diffsensor.commands"
-BUILT_IN = (EntryPoint("probes", "diffsensor.probes_command:app", GROUP),)
+BUILT_IN = (
+    EntryPoint("probes", "diffsensor.probes_command:app", GROUP),
+    EntryPoint("calibrate", "diffsensor.calibrate_command:calibrate", GROUP),
+)
 
 
 def application(arguments: Sequence[str]) -> typer.Typer:

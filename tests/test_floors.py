@@ -21,16 +21,17 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
         {"head", "loading", "schedules", "statistics", "storage"},
         {"capture", "metrics", "probes"},
     ),
-    ({"actions", "reference", "rules", "sinks"},),
+    ({"actions", "control", "reference", "rules", "sinks"}, {"gate"}),
     ({"sensors"},),
-    ({"record"}, {"monitor"}),
-    ({"commands", "probes_command", "report"}, {"cli"}),
+    ({"record"}, {"oversight"}, {"monitor"}),
+    ({"calibrate_command", "commands", "probes_command", "report"}, {"cli"}),
 )
 ORDER = [step for floor in FLOORS for step in floor]
 
 # What the core needs everywhere, and what single modules may import because they exist for it.
 DEPENDENCIES = {"jaxtyping", "numpy", "safetensors", "torch"}
 EXTRAS = {
+    "calibrate_command": {"typer"},
     "commands": {"typer"},
     "loading": {"transformers"},
     "probes_command": {"rich", "typer"},
