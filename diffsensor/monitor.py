@@ -266,11 +266,7 @@ class Monitor:
         if self._findings is None or step != self._last_step:
             self.read(model, step)
         assert self._findings is not None
-        try:
-            self._verdict = gate.verdict(self._findings)
-        except Exception as error:  # noqa: BLE001 - a gate fails closed
-            self._count("gate", error)
-            self._verdict = gate.unread(step)
+        self._verdict = self._oversight.verdict(gate, self._findings)
         self._hand_on(Findings(step=step, verdicts=(self._verdict,)))
         return self._verdict
 
@@ -282,7 +278,8 @@ class Monitor:
     def is_sealed(self, reading: Reading) -> bool:
         """Whether no action may be driven by this reading: it must not be put where another one could act on it."""
         info = self.metrics.get(reading.metric)
-        return self._sealed or (info is not None and info.sealed)
+        by_rule = reading.metric in self._oversight.sealed_evidence
+        return self._sealed or by_rule or (info is not None and info.sealed)
 
     def _act(self) -> None:
         """Carry out what the last look calls for, each request on record with what became of it."""

@@ -13,7 +13,6 @@ from diffsensor.errors import ConfigError, RefusedError, listed
 from diffsensor.gate import Gate
 from diffsensor.protocols import Action, Budget, Controller, Rule
 from diffsensor.types import (
-    Ability,
     ActionTaken,
     Alert,
     Findings,
@@ -71,6 +70,8 @@ class Oversight:
         self._last_alerts: dict[str, dict[str, Any]] = {}
         self._num_looks = 0
         self._sealed: frozenset[str] = frozenset()
+        #: The metrics of evidence that came of sealed readings, and is as sealed as they are.
+        self.sealed_evidence: set[str] = set()
         self._pending: dict[str, Any] | None = None
         self._coefficient: float | None = None
 
@@ -164,6 +165,8 @@ class Oversight:
         for rule in self._rules:
             judgement = self._judged(rule, self._unsealed(findings) if rule.name in acted_on else findings)
             evidence += judgement.evidence
+            if self._sealed and rule.name not in acted_on and self._sealed.intersection(rule.metrics or self._sealed):
+                self.sealed_evidence.update(reading.metric for reading in judgement.evidence)
             states[rule.name] = state_of(judgement)
             raised = [self._follow(rule, signal, step) for signal in judgement.signals]
             raised.append(self._follow_unknown(rule, judgement, step))
@@ -183,6 +186,7 @@ class Oversight:
                 "alerted": sorted({alert.rule for alert in alerts}),
                 "coefficient": coefficient,
                 "passed": self._has_passed(findings, states),
+                "rolled_back": False,
             }
         return findings
 
@@ -269,19 +273,24 @@ class Oversight:
         if self._pending is None:
             return
         pending, step = self._pending, self._pending["step"]
-        asked: set[Ability | None] = set()
-        for response in self._responses:
-            name = response.rule.name
-            for action in response.due(step, pending["states"][name], name in pending["alerted"]):
-                told(self._asked(action, self._alert_of(response.rule, step), controller))
-                asked.add(action.needs)
-        if pending["coefficient"] is not None and controller is not None:
-            told(self._moved(pending["coefficient"], step, controller))
-            asked.add("set_kl_coefficient")
-        if controller is not None and "set_kl_coefficient" in asked:
-            self._coefficient = controller.kl_coefficient()
+        responses = {response.rule.name: response for response in self._responses}
+        if "todo" not in pending:
+            pending["todo"] = [
+                [name, response.actions.index(action)]
+                for name, response in responses.items()
+                for action in response.due(step, pending["states"][name], name in pending["alerted"])
+            ]
+        # Taken off the list before it is done: a checkpoint that an action saves is gone on with after that action.
+        while pending["todo"]:
+            name, place = pending["todo"].pop(0)
+            action = responses[name].actions[place]
+            pending["rolled_back"] = pending["rolled_back"] or action.needs == "rollback"
+            told(self._asked(action, self._alert_of(responses[name].rule, step), controller))
+        coefficient, pending["coefficient"] = pending["coefficient"], None
+        if coefficient is not None and controller is not None:
+            told(self._moved(coefficient, step, controller))
         rolls_back = any(action.needs == "rollback" for response in self._responses for action in response.actions)
-        if controller is not None and rolls_back and pending["passed"] and "rollback" not in asked:
+        if controller is not None and rolls_back and pending["passed"] and not pending["rolled_back"]:
             try:
                 controller.keep(step)
             except Exception as error:  # noqa: BLE001
@@ -305,7 +314,10 @@ class Oversight:
         if action.needs is not None and controller is None:
             return replace(taken, outcome="refused", detail="There is no controller.")
         try:
-            return replace(taken, detail=action(alert, controller or LoopController()))
+            detail = action(alert, controller or LoopController())
+            if action.needs == "set_kl_coefficient" and controller is not None:
+                self._coefficient = controller.kl_coefficient()
+            return replace(taken, detail=detail)
         except RefusedError as error:
             logger.warning(
                 "%s, asked for by %r at step %d, was refused. %s", action.name, alert.rule, alert.step, error
@@ -319,7 +331,9 @@ class Oversight:
         name = f"set_kl_coefficient({coefficient:.4g})"
         taken = ActionTaken(step=step, rule=BUDGET, action=name, outcome="done", detail="")
         try:
-            return replace(taken, detail=controller.set_kl_coefficient(coefficient))
+            detail = controller.set_kl_coefficient(coefficient)
+            self._coefficient = controller.kl_coefficient()
+            return replace(taken, detail=detail)
         except RefusedError as error:
             return replace(taken, outcome="refused", detail=str(error))
         except Exception as error:  # noqa: BLE001

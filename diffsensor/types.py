@@ -94,6 +94,11 @@ class Reading:
         """The name under which loggers show it: diffsensor/<metric>[/bank=...][/group=...][/at=...]."""
         return log_key(self.metric, bank=self.bank, group=self.group, hookpoint=self.hookpoint)
 
+    @property
+    def floor_key(self) -> str:
+        """The name under which loggers show its noise floor."""
+        return f"{self.key}/noise_floor"
+
 
 def log_key(metric: str, *, bank: str = FIXED_BANK, group: str = ALL_PROBES, hookpoint: str = "") -> str:
     """The one place where a log key is put together; parts that are the default are left out."""

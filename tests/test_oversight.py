@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from diffsensor.actions import DriftBudget, Log, Response, Rollback, ScaleLearningRate, SetKLCoefficient, Stop
+from diffsensor.actions import (
+    DriftBudget,
+    Log,
+    Response,
+    Rollback,
+    SaveCheckpoint,
+    ScaleLearningRate,
+    SetKLCoefficient,
+    Stop,
+)
 from diffsensor.errors import ConfigError, RefusedError
 from diffsensor.gate import Gate
 from diffsensor.oversight import Oversight
@@ -260,6 +269,26 @@ def test_what_was_asked_for_is_not_asked_for_again_and_what_was_not_is() -> None
         assert run.asked + later.asked == [("scale", 0.5)]
 
 
+def test_a_checkpoint_that_an_action_saves_is_gone_on_with_after_that_action() -> None:
+    def make() -> Oversight:
+        return oversight(Response(Scripted("breach"), ScaleLearningRate(0.5), SaveCheckpoint(), SetKLCoefficient(0.5)))
+
+    saved: list[dict[str, Any]] = []
+
+    class Saves(Run):
+        def save_checkpoint(self, reason: str) -> str:
+            saved.append(json.loads(json.dumps(watching.state_dict())))
+            return super().save_checkpoint(reason)
+
+    watching, run, later = make(), Saves(), Run()
+    look(watching, run)
+    assert run.asked == [("scale", 0.5), "save_checkpoint", ("set", 0.5)]
+    again = make()
+    again.load_state_dict(saved[0])
+    again.act(later, lambda taken: None)
+    assert later.asked == [("set", 0.5)]
+
+
 def test_what_passed_is_kept_for_a_rollback_and_nothing_else() -> None:
     run = Run()
     watching = oversight(Response(Scripted("quiet", "breach", "unknown", "quiet"), Rollback()))
@@ -378,6 +407,15 @@ def test_what_looks_at_everything_and_may_act_is_not_shown_what_is_sealed() -> N
     watching.refuse_sealed({"secret": secret}, bank_is_sealed=False)
     watching.judge(Findings(step=0, readings=(reading(0), reading(0, "secret")), by_probe={"secret": torch.zeros(1)}))
     assert seen == [["kl_ref_live", "secret", "secret"], ["kl_ref_live"]]
+
+
+def test_evidence_of_what_is_sealed_is_sealed_too() -> None:
+    secret = MetricInfo(name="secret", unit="", low=0, high=1, direction="", estimator="", sealed=True)
+    for metrics, expected in ((["secret"], {"evidence"}), ([], {"evidence"}), (["kl_ref_live"], set())):
+        watching = oversight(Scripted("quiet", metrics=metrics))
+        watching.refuse_sealed({"secret": secret, "kl_ref_live": KL}, bank_is_sealed=False)
+        watching.judge(findings(0))
+        assert watching.sealed_evidence == expected
 
 
 # A run that goes on

@@ -1,8 +1,6 @@
 """A monitor with rules: its noise floor, its faults, alerts on record before actions, verdicts, sealed readings."""
 
-import logging
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,15 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffsensor import Monitor, ProbeSet, Reading, every, read_record
+from diffsensor import Monitor, Reading, every, read_record
 from diffsensor.actions import DriftBudget, Log, Response, ScaleLearningRate, Stop
 from diffsensor.control import LoopController
 from diffsensor.errors import ConfigError
 from diffsensor.gate import Gate
-from diffsensor.record import Record
-from diffsensor.rules import Invariant, Limit
+from diffsensor.rules import ChangePoint, Invariant, Limit
 from diffsensor.sensors import Outputs, Sealed
-from diffsensor.types import Alert, Findings, Verdict
+from diffsensor.types import Findings
 from tiny import HEADS, Kept, frozen_head, llama, probe_set, texts
 
 
@@ -225,7 +222,9 @@ def test_an_alert_is_on_record_before_its_action_and_the_action_with_its_outcome
 
     class Looks:
         def write(self, findings: Findings) -> None:
-            seen.extend((len(read_record(tmp_path / "record").alerts), run.optimizer.param_groups[0]["lr"]) for _ in [0])
+            seen.extend(
+                (len(read_record(tmp_path / "record").alerts), run.optimizer.param_groups[0]["lr"]) for _ in [0]
+            )
 
         def close(self) -> None: ...
 
@@ -310,9 +309,7 @@ def test_a_rule_on_what_is_not_read_is_refused_before_anything_is_written(tmp_pa
 
 
 def gated(tmp_path: Path, **arguments: object) -> Monitor:
-    return Monitor(
-        probe_set(), cache_dir=tmp_path / "cache", gate=Gate(Limit("kl_ref_live", above=0.05)), **arguments
-    )
+    return Monitor(probe_set(), cache_dir=tmp_path / "cache", gate=Gate(Limit("kl_ref_live", above=0.05)), **arguments)
 
 
 def test_a_verdict_reads_the_model_where_its_step_was_not_read(tmp_path: Path) -> None:
@@ -376,6 +373,15 @@ def test_a_sealed_bank_or_sensor_alerts_but_is_refused_to_drive_anything(tmp_pat
         assert len(monitor.alerts) == 1
         assert all(monitor.is_sealed(reading) for reading in readings if reading.sensor != "progress")
     assert not any(map(Monitor(probe_set(), cache_dir=tmp_path).is_sealed, readings))
+
+
+def test_the_evidence_of_a_rule_on_a_sealed_sensor_is_sealed(tmp_path: Path) -> None:
+    rules = [ChangePoint("kl_ref_live")]
+    monitor = Monitor(probe_set(), cache_dir=tmp_path, sensors=[Sealed(Outputs()), "activations"], rules=rules)
+    readings = monitor.read(llama(), 0)
+    sealed = {reading.metric for reading in readings if monitor.is_sealed(reading)}
+    assert "kl_ref_live_change_point_evidence" in sealed
+    assert "relative_l2" not in sealed
 
 
 def test_a_sealed_sensor_reads_what_the_open_one_does(tmp_path: Path) -> None:
