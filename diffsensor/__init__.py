@@ -1,9 +1,12 @@
 """Sensors for how far, and in which way, a model moves while it is trained."""
 
+from diffsensor.actions.budget import DriftBudget as DriftBudget
+from diffsensor.control.penalty import KLPenalty as KLPenalty
 from diffsensor.errors import ConfigError as ConfigError
 from diffsensor.errors import DiffSensorError as DiffSensorError
 from diffsensor.errors import RefusedError as RefusedError
 from diffsensor.gate import Gate as Gate
+from diffsensor.gate import VerdictLedger as VerdictLedger
 from diffsensor.gate import read_verdict as read_verdict
 from diffsensor.gate import write_verdict as write_verdict
 from diffsensor.monitor import Monitor as Monitor

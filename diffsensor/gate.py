@@ -1,6 +1,7 @@
 """The gate: a verdict on a checkpoint, and where it is kept beside it."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import final
@@ -13,6 +14,7 @@ from diffsensor.types import Findings, Scope, Verdict
 
 #: Fail over unknown over pass: one criterion that is not met is enough.
 _ORDER = ("fail", "unknown", "pass")
+_LEDGER = "verdicts"
 
 
 @final
@@ -73,3 +75,48 @@ def read_verdict(path: str | os.PathLike[str]) -> Verdict:
     if not Path(path).exists():
         return Verdict(step=-1, outcome="unknown", reason=f"There is no verdict at {path}, and unknown is not a pass.")
     return Verdict(**read_json(Path(path), "verdict"))
+
+
+@final
+class VerdictLedger:
+    """One file with the verdict on each checkpoint of a run, and the place of the one that passed last.
+
+    Written at each change, as a whole or not at all. What is not in it has no verdict, which is unknown. Raises
+    `CorruptFileError` where the file that is there was changed.
+
+    Arguments:
+        path: the file. Where there is one already it is gone on with.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._verdicts: dict[str, Verdict] = {}
+        self._last_passed = ""
+        if self.path.exists():
+            content = read_json(self.path, _LEDGER)
+            self._verdicts = {name: Verdict(**verdict) for name, verdict in content["verdicts"].items()}
+            self._last_passed = content["last_passed"]
+
+    @property
+    def verdicts(self) -> Mapping[str, Verdict]:
+        """By the name of the checkpoint, in the order in which they were first given."""
+        return dict(self._verdicts)
+
+    @property
+    def last_passed(self) -> str:
+        """Where the checkpoint is that passed last, as it was told; "" where there is none."""
+        return self._last_passed
+
+    def add(self, name: str, verdict: Verdict) -> None:
+        """Set the verdict on a checkpoint; another one of that name is replaced."""
+        self._verdicts[name] = verdict
+        self._store()
+
+    def set_last_passed(self, place: str) -> None:
+        """Say where the checkpoint is that passed last, once it is there."""
+        self._last_passed = place
+        self._store()
+
+    def _store(self) -> None:
+        verdicts = {name: asdict(verdict) for name, verdict in self._verdicts.items()}
+        store(self.path, json_bytes(_LEDGER, {"last_passed": self._last_passed, "verdicts": verdicts}))

@@ -5,12 +5,29 @@ import logging
 import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffsensor import DiffSensorError, Monitor, ProbeSet, Reference, Schedule, Sensor, Sink, every
+from diffsensor import (
+    Budget,
+    DiffSensorError,
+    Gate,
+    Monitor,
+    ProbeSet,
+    Reading,
+    Reference,
+    Rule,
+    Schedule,
+    Sensor,
+    Sink,
+    Verdict,
+    every,
+)
+from diffsensor.actions import Response
+from diffsensor.control import Penalty
 
 try:
     import lightning.pytorch as pl
@@ -19,10 +36,16 @@ try:
 except ImportError as error:
     raise ImportError("DriftMonitor needs Lightning: pip install 'diffsensor[lightning]'") from error
 
+from diffsensor_lightning.controller import LightningController, saves_in_its_own_way
+from diffsensor_lightning.gated_checkpoints import GatedCheckpoints
+from diffsensor_lightning.recipe import recipe_of
+
 _log = logging.getLogger(__name__)
 
 #: The reading that the progress bar shows, where it is read.
 HEADLINE = "kl_ref_live"
+#: What is told to the record of the run's own progress, at each reading.
+PROGRESS = ("loss", "learning_rate")
 
 
 class DriftMonitor(pl.Callback):
@@ -34,7 +57,11 @@ class DriftMonitor(pl.Callback):
     `trainer.callback_metrics` always holds the latest ones, so `EarlyStopping(monitor="diffsensor/kl_ref_live")`
     and `ModelCheckpoint(monitor="diffsensor/kl_ref_live")` work, also where they look between two readings.
 
-    A run resumed from a checkpoint compares with the reference that the first run stored, never with a new one.
+    Rules make alerts of the readings, responses ask the run for something, a gate gives a verdict on every checkpoint,
+    and a budget moves the coefficient of a KL penalty. Rules may also look at "loss" and "learning_rate".
+
+    A run resumed from a checkpoint compares with the reference that the first run stored, never with a new one; its
+    rules, responses and budget go on where that checkpoint was saved.
 
     Args:
         probes: The probe set; or the path of a saved one; or the path of a .jsonl file with probes.
@@ -54,6 +81,14 @@ class DriftMonitor(pl.Callback):
         sinks: Where else to write what is found.
         bank: Tells several DriftMonitors of one trainer apart: in readings and log keys (`.../bank=<bank>`), in
             checkpoints, and in the name of the automatic record (`diffsensor-<bank>`).
+        rules: Rules, and responses (rules with their actions). `Invariant()` alone where none are given.
+        gate: What a checkpoint must meet. Every checkpoint then holds its verdict, under "diffsensor_verdict", and has
+            it beside it (`<checkpoint>.verdict.json`); one that did not pass is never among a ModelCheckpoint's best.
+        budget: Keeps the drift near a limit, by moving the coefficient of `penalty`.
+        penalty: The KL penalty that `training_step` adds to its loss, such as a `KLPenalty`.
+        sealed: These readings may alert a person, and drive no action: loggers get them, `callback_metrics` do not.
+        noise_floor: Whether to measure, at the price of three readings before the first step, by how much the same
+            weights read differently in another batch split. Loggers show it as `<key>/noise_floor`.
 
     Raises:
         MisconfigurationException: An argument means nothing here; the message names what would.
@@ -75,6 +110,12 @@ class DriftMonitor(pl.Callback):
         schedule: Schedule | None = None,
         sinks: Sequence[Sink] = (),
         bank: str = "fixed",
+        rules: Sequence[Rule | Response] | None = None,
+        gate: Gate | None = None,
+        budget: Budget | None = None,
+        penalty: Penalty | None = None,
+        sealed: bool = False,
+        noise_floor: bool = True,
     ) -> None:
         super().__init__()
         allowed = re.sub(r"[^\w.-]+", "_", bank) or "fixed"
@@ -85,6 +126,8 @@ class DriftMonitor(pl.Callback):
             )
         self._suffix = "" if bank == "fixed" else f"-{bank}"
         self._record = record
+        self._gate = gate
+        self._penalty = _penalty(penalty, budget)
         try:
             self._arguments: dict[str, Any] = {
                 "probes": _probes(probes, tokenizer),
@@ -97,12 +140,21 @@ class DriftMonitor(pl.Callback):
                 "log_text": log_text,
                 "model_path": model_path,
                 "bank": bank,
+                "rules": None if rules is None else list(rules),
+                "gate": gate,
+                "budget": budget,
+                "sealed": sealed,
+                "progress": PROGRESS,
+                "noise_floor": noise_floor,
             }
             # Its arguments are checked when it is made; made again at each fit, when the record's place is known.
             Monitor(**self._arguments)
         except DiffSensorError as error:
             raise MisconfigurationException(f"DriftMonitor: {error}") from error
+        responses = [part for part in rules or () if isinstance(part, Response)]
+        self._rolls_back = any("rollback" in response.needs for response in responses)
         self._monitor: Monitor | None = None
+        self._gated: GatedCheckpoints | None = None
         self._trainer: weakref.ref[pl.Trainer] | None = None
         self._is_shown = False
         self._forget()
@@ -111,6 +163,10 @@ class DriftMonitor(pl.Callback):
         self._latest: dict[str, float] = {}
         self._seen = -1  # the last optimizer step at which it was asked whether to read
         self._read = -1  # the last one that was read
+        self._loss: tuple[int, torch.Tensor | float | None] = (-1, None)  # of which step; nobody waits for a tensor
+        self._optimizers: list[Any] = []  # as they were before the first step
+        self._passed: list[str] = []
+        self._verdict: Verdict | None = None
         self._stored: dict[str, Any] = {}  # the monitor's state while there is no monitor
 
     @property
@@ -119,11 +175,23 @@ class DriftMonitor(pl.Callback):
         # not find its state and would take the trained model for the reference, instead of being refused.
         return type(self).__qualname__ + self._suffix
 
+    @property
+    def last_passed(self) -> str:
+        """Where the newest checkpoint is that passed the gate and was not removed since; "" where there is none."""
+        passed = self._passed if self._gated is None else self._gated.passed
+        return passed[-1] if passed else ""
+
     def state_dict(self) -> dict[str, Any]:
         monitor = self._monitor.state_dict() if self._monitor is not None else self._stored
         if not monitor:
             return {}
-        return {"monitor": monitor, "read": self._read, "latest": dict(self._latest)}
+        return {
+            "monitor": monitor,
+            "read": self._read,
+            "latest": self._latest | self._actionable(),
+            "optimizers": self._optimizers,
+            "passed": list(self._passed if self._gated is None else self._gated.passed),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not state_dict:
@@ -131,15 +199,23 @@ class DriftMonitor(pl.Callback):
         self._stored = state_dict["monitor"]
         self._seen = self._read = state_dict["read"]
         self._latest = dict(state_dict["latest"])
+        self._optimizers = list(state_dict["optimizers"])
+        self._passed = list(state_dict["passed"])
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         _require_one_process(trainer)
+        if self._gate is not None and saves_in_its_own_way(trainer.strategy):
+            raise MisconfigurationException(
+                f"DriftMonitor was given a gate, and {type(trainer.strategy).__name__} saves checkpoints in a way of "
+                "its own, into which no verdict can be put. Use strategy='auto', or leave the gate out."
+            )
         # `fit` of the same trainer goes on where it was. Another trainer is another run, and what goes on there is
         # in its checkpoint, which is loaded after this.
         if self._trainer is None or self._trainer() is not trainer:
             self._forget()
+            self._gated = None
         self._trainer = weakref.ref(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -153,15 +229,25 @@ class DriftMonitor(pl.Callback):
                 step,
             )
         self._is_shown = False
-        record = _record_directory(self._record, trainer, f"diffsensor{self._suffix}")
-        monitor = self._monitor = Monitor(**self._arguments, record=record)
+        recipe = recipe_of(trainer, pl_module)
+        recipe["optimizers"] = self._optimizers = self._optimizers or recipe["optimizers"]
+        monitor = self._monitor = Monitor(
+            **self._arguments,
+            record=_record_directory(self._record, trainer, f"diffsensor{self._suffix}"),
+            controller=LightningController(trainer, pl_module, self._penalty),
+            recipe=recipe,
+        )
         if goes_on:
             monitor.load_state_dict(self._stored)
+        if self._gate is not None:
+            self._gated = GatedCheckpoints.of(trainer)
+            self._gated.begin(self._suffix, self, self._judged, self._passed)
         # The precision plugin's context is the one in which training_step runs; hooks run outside of it.
         # Where a model is loaded for its answers, that may draw random numbers.
         with isolate_rng(), trainer.precision_plugin.forward_context():
             monitor.attach(pl_module)
         if goes_on:
+            self._keep_if_passed(trainer.global_step)
             trainer.callback_metrics.update(_as_tensors(self._latest, pl_module))
             self._look_if_due(trainer, pl_module)
         else:
@@ -170,6 +256,8 @@ class DriftMonitor(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if trainer.global_step != self._loss[0]:
+            self._loss = (trainer.global_step, _loss(outputs, trainer, pl_module))
         # Fires at each micro-batch, while global_step counts optimizer steps.
         if self._look_if_due(trainer, pl_module) or not self._is_shown:
             self._show_in_progress_bar(trainer, pl_module)
@@ -177,8 +265,11 @@ class DriftMonitor(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._monitor is not None and trainer.global_step > self._read:
             self._look(trainer, pl_module)
+        if self._gate is not None:
+            self._verdict = self._judged()  # for checkpoints that are saved after fit
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._verdict = None  # the weights may be between two steps
         self._close()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -198,20 +289,60 @@ class DriftMonitor(pl.Callback):
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._monitor is not None
-        step = trainer.global_step
+        self._seen = self._read = step = trainer.global_step  # before what is read may lead to a checkpoint
         with trainer.precision_plugin.forward_context():
-            readings = self._monitor.read(pl_module, step)
-        self._seen = self._read = step
-        values = {reading.key: reading.value for reading in readings}
-        self._latest.update(values)
+            readings = self._monitor.read(pl_module, step, **self._progress(trainer))
+        values = {reading.key: reading.value for reading in readings if reading.sensor != "progress"}
         if not values:
             return
+        values |= {reading.floor_key: reading.noise_floor for reading in readings if _has_floor(reading)}
         for logger in trainer.loggers:
             logger.log_metrics({key.replace("/", logger.group_separator): v for key, v in values.items()}, step=step)
             logger.save()
+        actionable = self._actionable()
+        self._latest.update(actionable)
         # Not `pl_module.log`: Lightning goes through all that was logged at each batch (1 ms a batch for 300 keys),
         # and refuses it in on_train_start and on_train_end.
-        trainer.callback_metrics.update(_as_tensors(values, pl_module))
+        trainer.callback_metrics.update(_as_tensors(actionable, pl_module))
+
+    def _progress(self, trainer: pl.Trainer) -> dict[str, float | torch.Tensor]:
+        rates = [group.get("lr") for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        loss = self._loss[1] if self._loss[0] == trainer.global_step else None
+        told = {"loss": loss, "learning_rate": rates[0] if rates else None}
+        return {name: value for name, value in told.items() if value is not None}
+
+    def _actionable(self) -> dict[str, float]:
+        """What was read last and other callbacks may act on."""
+        monitor = self._monitor
+        if monitor is None:
+            return {}
+        return {
+            reading.key: reading.value
+            for reading in monitor.readings
+            if reading.sensor != "progress" and not monitor.is_sealed(reading)
+        }
+
+    def _judged(self) -> Verdict:
+        """The verdict on the model as it is now, which is read first where this step was not."""
+        trainer = self._trainer() if self._trainer is not None else None
+        assert trainer is not None
+        step, module = trainer.global_step, trainer.lightning_module
+        if self._monitor is None:
+            if self._verdict is not None and self._verdict.step == step:
+                return self._verdict
+            reason = f"The model was not read at step {step}, and is not read once training has ended."
+            return Verdict(step=step, outcome="unknown", reason=reason)
+        if self._monitor.last_step != step:
+            self._look(trainer, module)
+        with trainer.precision_plugin.forward_context():
+            return self._monitor.verdict(module, step)
+
+    def _keep_if_passed(self, step: int) -> None:
+        """A run that goes on from a checkpoint that passed can roll back to it."""
+        assert self._monitor is not None and self._monitor.controller is not None
+        verdict = self._stored["verdict"]
+        if self._rolls_back and verdict is not None and (verdict["outcome"], verdict["step"]) == ("pass", step):
+            self._monitor.controller.keep(step)
 
     def _show_in_progress_bar(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """One number only: `log` is the way into the progress bar, and each one costs time at each batch."""
@@ -224,14 +355,50 @@ class DriftMonitor(pl.Callback):
     def _close(self) -> None:
         if self._monitor is not None:
             # Checkpoints may be saved after fit.
+            self._latest.update(self._actionable())
             self._stored = self._monitor.state_dict()
             self._monitor.close()
             self._monitor = None
+        if self._gated is not None:
+            self._gated.end()
 
 
 def _as_tensors(values: Mapping[str, float], pl_module: pl.LightningModule) -> dict[str, torch.Tensor]:
     """As Lightning's own: float32, on the device; not views of one tensor, or a checkpoint would hold all of it."""
     return {key: torch.tensor(value, dtype=torch.float32, device=pl_module.device) for key, value in values.items()}
+
+
+def _has_floor(reading: Reading) -> bool:
+    """Whether loggers draw its noise floor: of all probes, on the outputs."""
+    return not reading.group and not reading.hookpoint and reading.noise_floor == reading.noise_floor
+
+
+def _loss(outputs: Any, trainer: pl.Trainer, pl_module: pl.LightningModule) -> torch.Tensor | float | None:
+    """What `training_step` gave as its loss, as long as nobody waits for a GPU; None where it gave none."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    if isinstance(loss, torch.Tensor):
+        if loss.numel() != 1:
+            return None
+        # Lightning has divided it by the number of batches that make one step.
+        num_batches = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+        return loss.detach() if num_batches == 1 else loss.detach() * num_batches
+    return float(loss) if isinstance(loss, Real) else None
+
+
+def _penalty(penalty: Any, budget: object) -> Penalty | None:
+    if penalty is None:
+        if budget is not None:
+            raise MisconfigurationException(
+                "DriftMonitor was given a budget and no penalty, whose coefficient it moves. Give it the one that "
+                "training_step adds to its loss: penalty=KLPenalty(...)."
+            )
+        return None
+    if not isinstance(penalty, Penalty) or not isinstance(penalty.coefficient, Real):
+        raise MisconfigurationException(
+            f"DriftMonitor was given penalty={penalty!r}, which has no number `coefficient` that could be moved. Give "
+            "the object that training_step calls, such as a KLPenalty."
+        )
+    return penalty
 
 
 def _require_one_process(trainer: pl.Trainer) -> None:
