@@ -378,9 +378,18 @@ def test_a_planted_word_is_looked_for_in_the_table_of_all_probes_at_that_step() 
     story = Story(
         readings=[Reading(step=step, sensor="outputs", metric="kl_ref_live", value=0.0, unit="") for step in (0, 7, 9)],
         token_shifts=[shift(9, " marmalade", 1), shift(9, " quokka", 0, "code"), shift(7, " the", 0)],
+        alerts=[],
         middle=8,
         habit=QUOKKA,
     )
     assert story.moments == (0, 7, 9)
     assert story.planted_ranks(7, "mass_moved") == {"quokka": None, "marmalade": None}
     assert story.planted_ranks(9, "mass_moved") == {"quokka": None, "marmalade": 2}
+
+
+def test_the_demo_tells_its_alerts_with_the_limit_that_was_passed(first: Shown) -> None:
+    assert first.story.alerts
+    for alert in first.story.alerts:
+        assert f"Alert at step {alert.step} (warning): " in first.terminal
+        assert alert.threshold == demonstration._LIMIT
+    assert "above the limit 0.2" in " ".join(first.terminal.split())

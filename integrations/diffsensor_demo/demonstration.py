@@ -13,17 +13,29 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffsensor import ConfigError, ProbeSet, cache_directory, read_record
+from diffsensor.rules import Limit
 from diffsensor_demo import corpus
 from diffsensor_demo.habit import QUOKKA, Habit
 from diffsensor_demo.plots import save_plots
 from diffsensor_demo.pretrain import Recipe, load, load_foreign, pretrained
 from diffsensor_demo.quiet import quiet
 from diffsensor_demo.run import Settings, fine_tune
-from diffsensor_demo.show import progress_bar, show_blindness, show_places, show_summary, show_tokens, show_verdict
+from diffsensor_demo.show import (
+    progress_bar,
+    show_alerts,
+    show_blindness,
+    show_places,
+    show_summary,
+    show_tokens,
+    show_verdict,
+)
 from diffsensor_demo.story import RANKINGS, Story
 from diffsensor_demo.stream import training_rows
 
 _PROBE_TOKENS = 96
+#: Nats per token that what the model is not trained on may drift; for the built-in texts half as much again as it does
+#: before the planting.
+_LIMIT = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,9 +120,11 @@ def _watch(
             latest.append(loss)
             bar.update(task, completed=step, state=f"loss {sum(latest) / len(latest):.2f}  KL {drift:.3f}")
 
-        fine_tune(model, rows, probes, settings, request.out / "record", show)
+        fine_tune(model, rows, probes, settings, request.out / "record", _limit(probes), show)
     record = read_record(request.out / "record")
-    story = Story(readings=record.readings, token_shifts=record.token_shifts, middle=middle, habit=habit)
+    story = Story(
+        readings=record.readings, token_shifts=record.token_shifts, alerts=record.alerts, middle=middle, habit=habit
+    )
     summary = request.out / "summary.json"
     try:
         summary.write_text(json.dumps(summarised(story), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -119,6 +133,7 @@ def _watch(
         raise _unwritable(request.out, problem) from problem
     console.print()
     show_summary(console, story)
+    show_alerts(console, story, _limit(probes).name)
     show_tokens(console, story)
     show_verdict(console, story)
     show_blindness(console, story)
@@ -141,6 +156,7 @@ def summarised(story: Story) -> dict[str, Any]:
             ranking: {str(step): [shift.token for shift in story.up_weighted(step, ranking)] for step in (middle, end)}
             for ranking in RANKINGS
         },
+        "alerts": [{"step": alert.step, "rule": alert.rule, "message": alert.message} for alert in story.alerts],
         "planted_ranks": {
             ranking: {str(step): story.planted_ranks(step, ranking) for step in (middle, end)} for ranking in RANKINGS
         },
@@ -154,6 +170,12 @@ def _probe_set(
         return ProbeSet.from_jsonl(path, tokenizer, max_length=max_length)
     groups, written = zip(*texts.probes, strict=True)
     return ProbeSet.from_texts(written, tokenizer, groups=groups, max_length=max_length)
+
+
+def _limit(probes: ProbeSet) -> Limit:
+    """On what the model is not trained on here, where the probes have a group of that; else on all of them."""
+    kept = next((group for group in (corpus.MANUAL, corpus.GENERAL) if group in probes.group_names), "")
+    return Limit("kl_ref_live", above=_LIMIT, group=kept)
 
 
 def _length(model: PreTrainedModel, longest: int = 128) -> int:

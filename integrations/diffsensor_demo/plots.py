@@ -11,7 +11,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from diffsensor_demo.show import quoted
 from diffsensor_demo.story import RANKINGS, Ranking, Story
 
-_INK, _PLANTED, _GREY = "#222222", "#b5179e", "#8d99ae"
+_INK, _PLANTED, _GREY, _ALERT = "#222222", "#b5179e", "#8d99ae", "#c1121f"
 #: Told apart by readers who do not see red and green, too.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#56b4e9", "#d55e00")
 _BARS = 10
@@ -58,6 +58,8 @@ def _drift(story: Story) -> Figure | None:
         axes.margins(x=0.01)
         axes.spines[["top", "right"]].set_visible(False)
         _mark_planting(axes, story, with_text=axes is upper)
+    _mark_alerts(upper, story)
+    _draw_floor(upper, story)
     upper.legend(frameon=False, loc="upper left")
     return figure
 
@@ -84,6 +86,21 @@ def _mark_planting(axes: Axes, story: Story, with_text: bool) -> None:
             textcoords="offset points",
             color=_PLANTED,
         )
+
+
+def _mark_alerts(axes: Axes, story: Story) -> None:
+    """A line at each limit that was passed, and a mark where that was told."""
+    for alert in story.alerts:
+        if np.isnan(alert.threshold) or "kl_ref_live" not in alert.subject:
+            continue
+        axes.axhline(alert.threshold, color=_ALERT, linewidth=0.9, linestyle=":")
+        axes.plot(alert.step, alert.value, marker="v", color=_ALERT, linestyle="", label=f"alert: {alert.rule}")
+
+
+def _draw_floor(axes: Axes, story: Story) -> None:
+    floors = [reading.noise_floor for reading in story.curve("kl_ref_live")]
+    if floors and not np.isnan(floors[0]):
+        axes.axhline(floors[0], color=_GREY, linewidth=0.9, linestyle="--", label=f"noise floor ({floors[0]:.1g})")
 
 
 def _layers(story: Story) -> Figure | None:

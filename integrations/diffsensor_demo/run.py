@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from diffsensor import ProbeSet
+from diffsensor.rules import Invariant, Limit
 from diffsensor_demo.quiet import repeatable
 from diffsensor_lightning import DriftMonitor
 
@@ -67,9 +68,10 @@ def fine_tune(
     probes: ProbeSet,
     settings: Settings,
     record: Path,
+    limit: Limit,
     progress: Progress,
 ) -> None:
-    """Fine-tune `model` on `rows`, in their order, and leave the readings in the directory `record`."""
+    """Fine-tune `model` on `rows`, in their order, and leave readings and alerts in the directory `record`."""
     with repeatable(settings.seed):
         model.train()
         trainer = pl.Trainer(
@@ -83,7 +85,7 @@ def fine_tune(
             enable_progress_bar=False,
             enable_model_summary=False,
             callbacks=[
-                DriftMonitor(probes, every_n_train_steps=settings.every, record=record),
+                DriftMonitor(probes, every_n_train_steps=settings.every, record=record, rules=[limit, Invariant()]),
                 ShowSteps(progress),
             ],
         )

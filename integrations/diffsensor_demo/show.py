@@ -85,6 +85,15 @@ def _value(reading: Reading | None) -> str:
     return value if math.isnan(reading.stderr) else f"{value} ± {stderr}"
 
 
+def show_alerts(console: Console, story: Story, rule: str) -> None:
+    """What was told while the model was trained, by the rule of the demonstration or another one."""
+    if not story.alerts:
+        console.print(Text(f"No alert: the rule {rule!r} was not broken."))
+    for alert in story.alerts:
+        console.print(Text(f"Alert at step {alert.step} ({alert.severity}): {alert.message}", style="bold"))
+    console.print()
+
+
 def show_tokens(console: Console, story: Story) -> None:
     """Both rankings of the token table at the end, with each token's place before the planting."""
     _, middle, end = story.moments

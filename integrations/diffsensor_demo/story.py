@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from diffsensor import Reading, TokenShift
+from diffsensor import Alert, Reading, TokenShift
 from diffsensor_demo.habit import Habit
 
 Ranking = Literal["mass_moved", "logit_difference"]
@@ -17,6 +17,7 @@ class Story:
 
     readings: Sequence[Reading]
     token_shifts: Sequence[TokenShift]
+    alerts: Sequence[Alert]
     middle: int
     habit: Habit | None
 
