@@ -3,13 +3,27 @@
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from diffsensor.oversight import Oversight
+from diffsensor.types import Findings
+from tiny_rules import Scripted
+
 FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def folder_on_the_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As it is when a script is run: some of them import others of their folder. One thread, as before."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def script(name: str) -> ModuleType:
@@ -72,3 +86,56 @@ def test_the_trainers_benchmark_runs(tmp_path: Path) -> None:
 def test_without_a_gpu_the_reading_benchmark_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert script("bench_reading").main(["--cuda"]) == 0
     assert "no GPU" in capsys.readouterr().out
+
+
+def test_a_limit_keeps_its_promises_at_the_limit(tmp_path: Path) -> None:
+    bench = script("bench_limits")
+    assert bench.main(["--quick", "--json", str(tmp_path / "rows.json")]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert {row["table"] for row in rows} == {"Hovering", "Breach", "FalseAlarms"}
+    hovering = [row for row in rows if row["table"] == "Hovering"]
+    assert all(row["alerts"] <= 2.5 < 50 < row["plain"] for row in hovering)
+    assert not any(row["missed_target"] for row in rows)
+
+
+def test_the_benchmark_of_limits_counts_alerts_as_oversight_sends_them() -> None:
+    bench = script("bench_limits")
+    breach, quiet = ["breach"], ["quiet"]
+    said = quiet + breach * 3 + quiet + breach * 30 + quiet * 40 + breach + quiet + breach
+    counted = []
+    for cooldown in (0, 3, 20):
+        rule = Scripted(*said, cooldown=cooldown)
+        watching = Oversight([rule], contain=lambda name, error: None)
+        counted.append(sum(len(watching.judge(Findings(step=step)).alerts) for step in range(len(said))))
+        assert bench.alerts(said, cooldown) == counted[-1]
+    assert len(set(counted)) > 1
+
+
+def test_the_benchmark_of_limits_ends_with_1_where_a_target_is_missed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = script("bench_limits")
+    monkeypatch.setattr(bench, "ALERTS", 0.5)
+    assert bench.main(["--quick"]) == 1
+    assert "missed" in capsys.readouterr().out
+
+
+def test_the_benign_benchmark_judges_real_fine_tunes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = script("bench_benign")
+    arguments = ["--quick", "--cache", str(tmp_path / "cache"), "--json"]
+    assert bench.main([*arguments, str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert {row["fault"] for row in found["rows"]} == {bench.HEALTHY, *bench.FAULTS}
+    assert {row["rule"].split()[0] for row in found["rows"]} == {"Limit", "Envelope", "ChangePoint"}
+    assert all(row["low"] <= row["share"] <= row["high"] for row in found["rows"])
+    # What is on disk is not trained again: an envelope of the same runs says the same.
+    files = sorted((tmp_path / "cache").glob("fine-tunes-*/*.json.gz"))
+    assert len(files) == 26
+    stamps = [file.stat().st_mtime_ns for file in files]
+    assert bench.main([*arguments, str(tmp_path / "again.json")]) == 0
+    assert [file.stat().st_mtime_ns for file in files] == stamps
+    # Compared as text: NaN stands for no delay, and is not equal to itself.
+    assert (tmp_path / "again.json").read_text(encoding="utf-8") == (tmp_path / "found.json").read_text(
+        encoding="utf-8"
+    )
+    assert "Envelope with other pilots" in capsys.readouterr().out
