@@ -1,7 +1,6 @@
 """The one object that a training loop holds: it looks when something is due and hands on what it found."""
 
 import logging
-import math
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +19,9 @@ from diffsensor.actions import Response
 from diffsensor.capture import Capture, FrozenWeights, leave_no_trace, random_states_kept, require_same_context
 from diffsensor.errors import CaptureError, ConfigError, ReferenceMismatchError
 from diffsensor.gate import Gate
+from diffsensor.noise_floor import measured_floor, with_floor
 from diffsensor.oversight import Oversight
-from diffsensor.probes import ProbeSet, checksum_of, split_otherwise
+from diffsensor.probes import ProbeSet, checksum_of
 from diffsensor.protocols import Budget, Controller, Fold, OutputHead, Rule, Schedule, Sensor, Sink
 from diffsensor.record import MANIFEST, Record, read_manifest, read_record
 from diffsensor.reference import Reference, require_fitting
@@ -34,8 +34,6 @@ from diffsensor.storage.checked_json import json_bytes, read_json
 from diffsensor.types import FIXED_BANK, Alert, Fault, Findings, MetricInfo, Plan, Reading, Scope, Verdict
 
 logger = logging.getLogger(__name__)
-
-UNMEASURABLE = "no measurable drift"
 
 
 @final
@@ -185,7 +183,8 @@ class Monitor:
         if self._oversight.looks_at_faults and self._frozen is None:
             self._frozen = FrozenWeights(capture.root)
         if self._measures_floor and self._floor is None:
-            self._floor = self._measured_floor(capture, self.reference)
+            reference = self.reference
+            self._floor = measured_floor(lambda plan: self._look(capture, reference, plan, -1)[0], reference.plan)
         self._seen = (model, capture)
         self._oversight.begin(self.controller)
         self._act()  # what was left to be done when the run was killed
@@ -243,7 +242,7 @@ class Monitor:
         told = [_progress_reading(step, name, value, self._bank) for name, value in progress.items()]
         findings = replace(
             findings,
-            readings=(*map(self._with_floor, findings.readings), *told),
+            readings=(*(with_floor(reading, self._floor or {}) for reading in findings.readings), *told),
             faults=self._faults(capture, self.reference, failed),
         )
         findings = self._oversight.judge(findings, self._told)
@@ -327,31 +326,6 @@ class Monitor:
             by_probe={name: values for each in found for name, values in each.by_probe.items()},
         )
         return findings, failed
-
-    def _measured_floor(self, capture: Capture, reference: Reference) -> dict[str, float]:
-        """By how much each reading of the same weights differs, at most, when read again and in another batch split."""
-        once, again, otherwise = (
-            {reading.key: reading.value for reading in self._look(capture, reference, plan, -1)[0].readings}
-            for plan in (reference.plan, reference.plan, split_otherwise(reference.plan))
-        )
-        unstable = [key for key, value in once.items() if again.get(key, value) != value]
-        if unstable:
-            logger.warning(
-                "The same weights, read twice in the same layout, differ in %d of %d readings, first in %s (%.3g, then "
-                "%.3g). Something in the model is not deterministic in evaluation mode: a kernel that adds in any "
-                "order (torch.use_deterministic_algorithms names it), or a module that draws random numbers or keeps "
-                "state. The noise floor takes it in.",
-                *(len(unstable), len(once), unstable[0], once[unstable[0]], again[unstable[0]]),
-            )
-        return {
-            key: max(abs(other.get(key, math.nan) - value) for other in (otherwise, again))
-            for key, value in once.items()
-        }
-
-    def _with_floor(self, reading: Reading) -> Reading:
-        floor = math.nan if self._floor is None else self._floor.get(reading.key, math.nan)
-        reading = replace(reading, noise_floor=floor)
-        return reading if reading.is_measurable else replace(reading, note=_joined(reading.note, UNMEASURABLE))
 
     def _faults(
         self, capture: Capture, reference: Reference, failed: Sequence[tuple[str, Exception]]
@@ -530,10 +504,6 @@ def _open_into(folds: dict[str, Fold], sensor: Sensor, reference: Reference, hea
 
 def _finish_into(found: list[Findings], fold: Fold, step: int) -> None:
     found.append(fold.finish(step))
-
-
-def _joined(*notes: str) -> str:
-    return "; ".join(note for note in notes if note)
 
 
 def _progress_reading(step: int, name: str, value: float | Tensor, bank: str) -> Reading:

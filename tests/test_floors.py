@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
     ),
     ({"actions", "control", "reference", "rules", "sinks"}, {"gate"}),
     ({"sensors"},),
-    ({"record"}, {"oversight"}, {"monitor"}),
+    ({"record"}, {"noise_floor", "oversight"}, {"monitor"}),
     ({"calibrate_command", "commands", "probes_command", "report"}, {"cli"}),
 )
 ORDER = [step for floor in FLOORS for step in floor]
