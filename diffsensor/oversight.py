@@ -53,6 +53,12 @@ class Oversight:
         for part in rules:
             if not isinstance(part, (Rule, Response)) or isinstance(part, type):
                 raise ConfigError(f"rules holds {part!r}, expected rules and responses, such as Limit(...).")
+        if gate is not None and not isinstance(gate, Gate):
+            raise ConfigError(f"gate={gate!r} was given, expected a gate: Gate(Limit('kl_ref_live', above=0.3)).")
+        if budget is not None and not isinstance(budget, Budget):
+            raise ConfigError(
+                f"budget={budget!r} was given, expected a budget, such as DriftBudget({_number(budget)})."
+            )
         parts = [copy.deepcopy(part) for part in rules]
         gate, budget = copy.deepcopy(gate), copy.deepcopy(budget)
         self._responses = tuple(part for part in parts if isinstance(part, Response))
@@ -386,6 +392,10 @@ class _Track:
     is_told: bool = False
     alerted_at: int = 0  # the number of that look; 0 for never
     suppressed: int = 0
+
+
+def _number(given: object) -> object:
+    return given if isinstance(given, float | int) else 0.2
 
 
 def _alert(rule: Rule, signal: Signal, step: int, track: _Track) -> Alert:

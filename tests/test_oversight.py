@@ -262,6 +262,19 @@ def test_two_rules_of_one_name_are_refused() -> None:
         oversight(Scripted(), Response(Scripted(), Log()))
 
 
+def test_what_is_no_rule_gate_or_budget_is_refused(unchecked: None) -> None:
+    for parts, sentence in (
+        ({"budget": 0.3}, r"budget=0.3 was given, expected a budget, such as DriftBudget\(0.3\)"),
+        ({"gate": Limit("kl", above=1)}, r"gate=.* was given, expected a gate: Gate\(Limit"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            oversight(**parts)
+    with pytest.raises(ConfigError, match=r"rules holds 0.3, expected rules and responses"):
+        oversight(0.3)
+    with pytest.raises(ConfigError, match=r"rules holds .*Limit'>, expected rules"):
+        oversight(Limit)
+
+
 def test_what_the_run_cannot_do_is_refused_at_attach() -> None:
     watching = oversight(Response(Scripted(name="mine"), Stop()))
     with pytest.raises(

@@ -26,26 +26,26 @@ _NOT_COUNTED = -100
 _CHUNK = 2**21
 #: At so many positions of each row of the first batch the model's own logits show what it does after its head.
 _TRIED = 2
-#: Under the budget's control the coefficient of the first readings; see DriftBudget.
-_START = 0.3
+#: Where a drift budget begins as well.
+_START = 1.0
 
 
 @final
 class KLPenalty:
     """coefficient * KL(reference || live), the mean over the counted tokens of a training batch, exact over all tokens.
 
-        penalty = KLPenalty(coefficient=0.3)  # LoRA; for a full fine-tune KLPenalty.frozen_copy(model, coefficient=0.3)
+        penalty = KLPenalty(coefficient=1.0)  # LoRA; for a full fine-tune KLPenalty.frozen_copy(model, coefficient=1.0)
         out = model(**batch)
         loss = out.loss + penalty(model, out.logits, batch)
 
     The same line stands in Lightning's `training_step`. In nats per token. Counted are the tokens that the loss counts:
     those whose next label is not -100, or without labels all that the attention mask keeps. Penalise training batches,
-    never the probes: a run penalised on its probes reads an eighth of the drift that it has.
+    never the probes: a run penalised on its probes reads a fraction of the drift that it has.
 
     The reference is the model with its adapter off, at the price of one more forward pass a batch; or, for a full
     fine-tune, a frozen copy, which holds one more set of weights as well. It answers without dropout, and leaves no
     trace: modes, random numbers, gradients and `requires_grad` are as before. Call it under the autocast of the forward
-    pass, so that both sides are rounded alike; in bfloat16 a KL below some 1e-3 is rounding.
+    pass, so that both sides are rounded alike.
 
     Neither side makes a table tokens x vocabulary: both are compared a few tokens at a time, once in the forward and
     once in the backward pass. What remains is the gradient of the logits that were given, in their dtype.

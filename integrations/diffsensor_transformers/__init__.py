@@ -1,5 +1,8 @@
 """Drift readings inside a run of transformers' Trainer or of TRL's: `callbacks=[DriftMonitorCallback(probes)]`."""
 
 from diffsensor_transformers.callback import DriftMonitorCallback as DriftMonitorCallback
+from diffsensor_transformers.coefficient import set_kl_coefficient as set_kl_coefficient
+from diffsensor_transformers.controller import TrainerController as TrainerController
+from diffsensor_transformers.penalty import penalised as penalised
 
-__all__ = ["DriftMonitorCallback"]
+__all__ = ["DriftMonitorCallback", "TrainerController", "penalised", "set_kl_coefficient"]

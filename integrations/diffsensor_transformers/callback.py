@@ -1,6 +1,7 @@
-"""The one callback: reads at optimizer steps and shows the readings where the trainer shows its loss."""
+"""The one callback: reads at optimizer steps, shows that where the trainer shows its loss, watches and steers."""
 
 import logging
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -9,9 +10,31 @@ from types import FrameType
 from typing import Any
 from weakref import WeakValueDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
-from diffsensor import ConfigError, Monitor, ProbeSet, Reference, Schedule, Sensor, Sink, every
+from diffsensor import (
+    Budget,
+    ConfigError,
+    Gate,
+    KLPenalty,
+    Monitor,
+    ProbeSet,
+    Reading,
+    Reference,
+    Rule,
+    Schedule,
+    Sensor,
+    Sink,
+    Verdict,
+    every,
+    read_record,
+)
+from diffsensor.actions import Response
+from diffsensor_transformers.best import BestOfPassed
+from diffsensor_transformers.controller import TrainerController
+from diffsensor_transformers.penalty import PenalisedLoss, penalised
+from diffsensor_transformers.recipe import recipe_of
+from diffsensor_transformers.verdicts import CheckpointVerdicts
 
 try:
     from transformers import (
@@ -23,6 +46,7 @@ try:
         TrainerState,
         TrainingArguments,
     )
+    from transformers.trainer_utils import SaveStrategy
 except ImportError as error:
     raise ImportError("DriftMonitorCallback needs transformers: pip install 'diffsensor[transformers]'") from error
 
@@ -48,6 +72,14 @@ class DriftMonitorCallback(TrainerCallback):
     Each checkpoint directory gets a small file of ours, and a run resumed from it compares with the reference
     that the first run stored, never with a new one.
 
+    Rules may look at `loss`, that of the last step as the trainer counts it, and at `learning_rate`, that of the next
+    step (of the first parameter group); both are in the record beside the readings. What responses ask for is done
+    between two steps.
+
+    With a gate each checkpoint gets a verdict: all of them in `diffsensor-verdicts.json`, written before the
+    checkpoint, and its own in `diffsensor-verdict.json` in its directory. `last-passed/` holds the checkpoint that
+    passed last, whatever `save_total_limit` removes, and one that did not pass is never the trainer's best.
+
     Arguments:
         probes: the fixed inputs.
         every_n_steps: optimizer steps from one reading to the next. 50 where no schedule is given.
@@ -63,6 +95,14 @@ class DriftMonitorCallback(TrainerCallback):
         model_path: where in the trained module the language model is, needed only where there are several.
         log_text: False keeps the text of probes and tokens out of the record.
         bank: what these probes are called in log keys. Several callbacks of one trainer need different ones.
+        rules: rules and responses (rules with their actions). `Invariant()` alone where none are given.
+        gate: what a checkpoint must meet. It reads the model wherever a checkpoint is to be saved.
+        budget: keeps the drift near a limit by moving the coefficient of `penalty`, or the trainer's own `beta`.
+        penalty: a KL penalty that is added to the loss while this run trains.
+        sealed: these readings may alert a person, and nothing is ever driven by them: they go to the record and the
+            sinks, and not to the trainer's log, where other callbacks could act on them.
+        noise_floor: whether to measure, at the price of three readings before the first step, by how much the same
+            weights read differently in another batch split.
 
     Raises `ConfigError` for arguments that mean nothing here; everything that needs the model is checked when
     training begins, before its first step.
@@ -83,16 +123,25 @@ class DriftMonitorCallback(TrainerCallback):
         model_path: str | None = None,
         log_text: bool = True,
         bank: str = "fixed",
+        rules: Sequence[Rule | Response] | None = None,
+        gate: Gate | None = None,
+        budget: Budget | None = None,
+        penalty: KLPenalty | None = None,
+        sealed: bool = False,
+        noise_floor: bool = True,
     ) -> None:
         if every_n_steps is not None and schedule is not None:
             raise ConfigError(
                 f"every_n_steps={every_n_steps!r} and schedule={schedule!r} were given. "
                 "Both say when to look: give one of them."
             )
-        if not re.fullmatch(r"[\w.-]+", bank):
+        if not re.fullmatch(r"[\w.-]+", bank) or re.fullmatch(r"verdicts?(-.*)?", bank):
             raise ConfigError(
-                f"bank={bank!r} becomes part of log keys and file names. Use letters, digits, '_', '-' and '.'."
+                f"bank={bank!r} becomes part of log keys and file names. Use letters, digits, '_', '-' and '.', and "
+                "not 'verdict', which names other files."
             )
+        if penalty is not None and not isinstance(penalty, KLPenalty):
+            raise ConfigError(f"penalty={penalty!r} was given, expected a KLPenalty: penalty=KLPenalty().")
         self._probes, self._bank = probes, bank
         self._record = record if record is None or record == "auto" else Path(record)
         self._arguments: dict[str, Any] = {
@@ -106,11 +155,31 @@ class DriftMonitorCallback(TrainerCallback):
             "model_path": model_path,
             "log_text": log_text,
             "bank": bank,
+            "rules": rules,
+            "gate": gate,
+            "budget": budget,
+            "sealed": sealed,
+            "noise_floor": noise_floor,
+            "progress": ("loss", "learning_rate"),
         }
         Monitor(**self._arguments)  # its arguments are checked now; it is made when training begins
+        self._penalty = penalty
+        self._begin_coefficient = None if penalty is None else penalty.coefficient
         self._monitor: Monitor | None = None
         self._trainer: Trainer | None = None
+        self._controller: TrainerController | None = None
+        self._verdicts: CheckpointVerdicts | None = None
+        self._added: PenalisedLoss | None = None
+        self._best: BestOfPassed | None = None
+        self._verdict: Verdict | None = None
         self._read = -1
+        self._loss: Tensor | None = None
+        self._loss_before: Tensor | None = None
+
+    @property
+    def last_passed(self) -> Path | None:
+        """The directory of the checkpoint that passed the gate last; None where there is none, or no gate."""
+        return None if self._verdicts is None else self._verdicts.last_passed
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -128,24 +197,54 @@ class DriftMonitorCallback(TrainerCallback):
         tokenizer = getattr(processing, "tokenizer", processing)
         if tokenizer is not None and self._probes.is_text:
             self._probes.check_tokenizer(tokenizer)
+        try:
+            self._begin(args, state, frame, kwargs["model"])
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, args: TrainingArguments, state: TrainerState, frame: FrameType, model: nn.Module) -> None:
+        assert self._trainer is not None
+        self._read, self._verdict, self._loss = -1, None, None
+        self._verdicts = None
+        if self._arguments["gate"] is not None:
+            suffix = "" if self._bank == "fixed" else f"-{self._bank}"
+            self._verdicts = CheckpointVerdicts(_output_directory(args), suffix, state.global_step)
+            self._require_passed_best(state)
+            self._best = BestOfPassed(self._trainer, self._may_be_best)
+        if self._penalty is not None:
+            assert self._begin_coefficient is not None
+            self._penalty.coefficient = self._begin_coefficient
+            self._added = penalised(self._trainer, self._penalty)
+        self._controller = TrainerController(self._trainer, last_passed=lambda: self.last_passed)
         stored = self._stored_state(args, state, frame)
-        record = self._record_directory(args, goes_on=stored is not None)
+        record, by_record = self._record_directory(args, goes_on=stored is not None), False
+        if stored is None and self._verdicts is not None and self._verdicts.knows(state.global_step):
+            newest = self._record_directory(args, goes_on=True)
+            if by_record := newest is not None and _last_step_in(newest) == state.global_step:
+                record = newest
         if record is not None:
             if (left_open := _writers.get(record.resolve())) not in (None, self):
                 left_open.close()
             _writers[record.resolve()] = self
-        self._monitor = Monitor(**self._arguments, record=record)
+        self._monitor = Monitor(
+            **self._arguments,
+            record=record,
+            controller=self._controller,
+            recipe=recipe_of(self._trainer),
+            resume=by_record,
+        )
         if stored is not None:
             self._monitor.load(stored)
-        elif state.global_step > 0 and self._arguments["reference"] is None:
+        elif state.global_step > 0 and self._arguments["reference"] is None and not by_record:
             logger.warning(
                 "This run goes on at step %d from a checkpoint without a state of bank %r, so the model as it is now "
                 "becomes the reference. To compare with another model, give reference=<its directory>.",
                 state.global_step,
                 self._bank,
             )
-        self._monitor.attach(kwargs["model"])
-        self._read = -1 if stored is None else self._monitor.last_step
+        self._monitor.attach(model)
+        self._read = self._monitor.last_step if stored is not None or by_record else -1
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -154,31 +253,64 @@ class DriftMonitorCallback(TrainerCallback):
         if self._monitor is not None and self._read < 0:
             self._look(kwargs["model"], state, control)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._trainer is not None and (summed := _summed_loss(self._trainer)) is not None:
+            self._loss_before = summed.clone()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._monitor is None:
+        if self._monitor is None or self._trainer is None or self._controller is None:
             return
+        summed = _summed_loss(self._trainer)
+        # Now, for the trainer begins to sum anew at each log; a number is made of it only where it is read.
+        self._loss = None if summed is None or self._loss_before is None else summed - self._loss_before
+        control.should_save |= self._controller.is_save_due
         if self._monitor.is_due(state.global_step) or (control.should_training_stop and state.global_step > self._read):
             self._look(kwargs["model"], state, control)
+        # With this strategy the evaluation decides whether to save, and asks us: see `_may_be_best`.
+        is_decided_later = args.save_strategy == SaveStrategy.BEST and control.should_evaluate
+        if control.should_save and not is_decided_later:
+            self._announce(kwargs["model"], state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self._monitor is None:
+            return
         # Where a callback after us has stopped the run.
-        if self._monitor is not None and control.should_training_stop and state.global_step > self._read:
+        if control.should_training_stop and state.global_step > self._read:
             self._look(kwargs["model"], state, control)
+        if control.should_save:
+            self._announce(kwargs["model"], state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Called once the directory is written, so that ours is the last file to appear in it.
-        if self._monitor is not None and state.is_world_process_zero:
-            directory = _output_directory(args) / f"checkpoint-{state.global_step}"
-            if directory.is_dir():
-                self._monitor.save(directory / self._state_name)
+        if self._monitor is None or self._controller is None or not state.is_world_process_zero:
+            return
+        directory = _output_directory(args) / f"checkpoint-{state.global_step}"
+        if not directory.is_dir():
+            return
+        self._controller.is_save_due = False
+        if self._verdicts is not None and (self._verdict is None or self._verdict.step != state.global_step):
+            # A callback after us asked for this checkpoint.
+            self._announce(kwargs["model"], state, control)
+        # Called once the directory is written, so that ours are the last files to appear in it.
+        self._monitor.save(directory / self._state_name)
+        if self._verdicts is not None and self._verdict is not None:
+            self._verdicts.settle(self._verdict)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._monitor is None:
+        if self._monitor is None or self._controller is None:
             return
+        self._controller.is_over = True
+        if args.load_best_model_at_end and state.best_model_checkpoint is None and self._verdicts is not None:
+            logger.warning(
+                "No checkpoint that was evaluated passed the gate, so none was loaded as the best one. The model is "
+                "that of step %d.",
+                state.global_step,
+            )
         # Where the best checkpoint has been loaded by now, the model is no longer that of the last step.
         is_last = not (args.load_best_model_at_end and state.best_model_checkpoint is not None)
         if is_last and state.global_step > self._read:
@@ -192,7 +324,11 @@ class DriftMonitorCallback(TrainerCallback):
         """
         if self._monitor is not None:
             self._monitor.close()
-        self._monitor = self._trainer = None
+        if self._added is not None:
+            self._added.undo()
+        if self._best is not None:
+            self._best.undo()
+        self._monitor = self._trainer = self._controller = self._added = self._best = None
 
     @property
     def _state_name(self) -> str:
@@ -200,12 +336,18 @@ class DriftMonitorCallback(TrainerCallback):
 
     def _look(self, model: nn.Module, state: TrainerState, control: TrainerControl) -> None:
         assert self._monitor is not None and self._trainer is not None
-        readings = self._monitor.read(model, state.global_step)
+        readings = self._monitor.read(model, state.global_step, **self._progress())
         self._read = state.global_step
-        values = {reading.key: reading.value for reading in readings if not (reading.group and reading.hookpoint)}
+        shown = [
+            each
+            for each in readings
+            if each.sensor != "progress" and not (each.group and each.hookpoint) and not self._monitor.is_sealed(each)
+        ]
+        values = {reading.key: reading.value for reading in shown}
         headlines = {
-            reading.key: reading.value for reading in readings if not (reading.group or reading.hookpoint)
-        } or values
+            reading.key: reading.value for reading in shown if not (reading.group or reading.hookpoint)
+        } or values.copy()
+        values |= {reading.floor_key: reading.noise_floor for reading in shown if _has_floor(reading)}
         if not values:
             return
         handler, should_log = self._trainer.callback_handler, control.should_log
@@ -220,8 +362,58 @@ class DriftMonitorCallback(TrainerCallback):
             control.should_log = should_log
         for callback in everybody:
             if isinstance(callback, _CONSOLE):
-                shown = {**headlines, "epoch": state.epoch}
-                callback.on_log(self._trainer.args, state, control, logs=shown)  # type: ignore[no-untyped-call]
+                logs = {**headlines, "epoch": state.epoch}
+                callback.on_log(self._trainer.args, state, control, logs=logs)  # type: ignore[no-untyped-call]
+
+    def _progress(self) -> dict[str, float | Tensor]:
+        """What rules may look at beside the readings."""
+        assert self._trainer is not None and self._trainer.optimizer is not None
+        rate = self._trainer.optimizer.param_groups[0]["lr"]
+        told = {"loss": self._loss, "learning_rate": rate}
+        return {name: value for name, value in told.items() if value is not None}
+
+    def _judge(self, model: nn.Module, state: TrainerState, control: TrainerControl) -> Verdict:
+        """The verdict on the model as it is after this step."""
+        assert self._monitor is not None and self._controller is not None
+        step = state.global_step
+        if self._verdict is not None and self._verdict.step == step:
+            return self._verdict
+        if step > self._read:
+            self._look(model, state, control)
+        if self._controller.rolled_back is not None and self._controller.rolled_back[0] == step:
+            reason = f"Rolled back at step {step} to the state of step {self._controller.rolled_back[1]}, which passed."
+            self._verdict = Verdict(step=step, outcome="pass", reason=reason)
+        else:
+            self._verdict = self._monitor.verdict(model, step)
+        return self._verdict
+
+    def _announce(self, model: nn.Module, state: TrainerState, control: TrainerControl) -> None:
+        """Put the verdict on a checkpoint into the ledger; before it is saved, where we are asked before."""
+        if self._verdicts is not None:
+            self._verdicts.announce(self._judge(model, state, control))
+
+    def _may_be_best(self) -> bool:
+        """Whether the model, which has evaluated best, passes; asked by the trainer before it saves."""
+        if self._trainer is None or self._verdicts is None:
+            return True
+        trainer = self._trainer
+        has_passed = self._judge(trainer.callback_handler.model, trainer.state, trainer.control).outcome == "pass"
+        if has_passed and trainer.args.save_strategy == SaveStrategy.BEST:
+            self._announce(trainer.callback_handler.model, trainer.state, trainer.control)
+        return has_passed
+
+    def _require_passed_best(self, state: TrainerState) -> None:
+        """Forget the best checkpoint of the run that goes on, unless it passed."""
+        assert self._verdicts is not None
+        if state.best_model_checkpoint is None:
+            return
+        verdict = self._verdicts.of(Path(state.best_model_checkpoint))
+        if verdict.outcome != "pass":
+            logger.warning(
+                "%s was the best checkpoint so far and has not passed the gate, so it is not the best any more. %s",
+                *(state.best_model_checkpoint, verdict.reason),
+            )
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
     def _require_apart(self) -> None:
         assert self._trainer is not None
@@ -234,6 +426,11 @@ class DriftMonitorCallback(TrainerCallback):
             raise ConfigError(
                 f"Two DriftMonitorCallbacks of this trainer have the bank {self._bank!r}, and would overwrite each "
                 f"other's readings. Give each its own: DriftMonitorCallback(..., bank='{self._bank}2')."
+            )
+        if self._arguments["budget"] is not None and any(other._arguments["budget"] is not None for other in others):
+            raise ConfigError(
+                "Two DriftMonitorCallbacks of this trainer have a budget, and would move one coefficient against each "
+                "other. Give a budget to one of them; the others can watch with rules."
             )
         if self._record not in (None, "auto") and any(other._record == self._record for other in others):
             raise ConfigError(
@@ -278,3 +475,20 @@ def _trainer_frame() -> FrameType:
             return frame
         frame = frame.f_back
     raise ConfigError("DriftMonitorCallback was called by something else than a transformers Trainer.")
+
+
+def _summed_loss(trainer: Trainer) -> Tensor | None:
+    """What the trainer has summed of its loss since it logged last: a tensor, which nobody has to wait for."""
+    summed = getattr(trainer, "_tr_loss", None)
+    return summed if isinstance(summed, Tensor) else None
+
+
+def _has_floor(reading: Reading) -> bool:
+    return not (reading.group or reading.hookpoint) and math.isfinite(reading.noise_floor)
+
+
+def _last_step_in(record: Path) -> int:
+    """The last step that was read, -1 where there is no record."""
+    if not (record / "manifest.json").exists():
+        return -1
+    return max((reading.step for reading in read_record(record).readings), default=-1)
