@@ -139,3 +139,21 @@ def test_the_benign_benchmark_judges_real_fine_tunes(tmp_path: Path, capsys: pyt
         encoding="utf-8"
     )
     assert "Envelope with other pilots" in capsys.readouterr().out
+
+
+def test_the_budget_benchmark_runs_every_control(tmp_path: Path) -> None:
+    bench = script("bench_budget")
+    assert bench.main(["--quick", "--cache", str(tmp_path), "--json", str(tmp_path / "rows.json")]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert {row["control"] for row in rows if row["scenario"] == bench.CHANGE} == set(bench.CONTROLS)
+    assert all(row["trajectory"][0] == 0.0 < row["end"] for row in rows)
+
+
+def test_the_budget_benchmark_names_each_missed_target() -> None:
+    bench = script("bench_budget")
+    given = {"seed": 0, "scenario": bench.SAME, "others": 0.2, "coefficient": 1.0, "note": "", "seconds": 1.0}
+    none = bench.Row(control=bench.NONE, end=0.7, largest=0.7, task_loss=3.0, trajectory=(), **given)
+    good = bench.Row(control=bench.PI, end=0.22, largest=0.29, task_loss=3.05, trajectory=(), **given)
+    bad = bench.Row(control=bench.PI, end=0.16, largest=0.31, task_loss=3.07, trajectory=(), **given)
+    assert bench.missed([none, good]) == []
+    assert len(bench.missed([none, bad])) == 3

@@ -292,6 +292,7 @@ def test_no_second_model_exists_while_the_reference_is_built_and_readings_are_ta
 def test_this_count_notices_a_second_model() -> None:
     model = wide()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    gc.collect()
     num_before, bytes_before = held()
     second = copy.deepcopy(model)
     num, held_now = held()
