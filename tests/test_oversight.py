@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from diffsensor import DriftBudget
 from diffsensor.actions import (
-    DriftBudget,
     Log,
     Response,
     Rollback,

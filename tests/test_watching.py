@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffsensor import Monitor, Reading, every, read_record
-from diffsensor.actions import DriftBudget, Log, Response, ScaleLearningRate, Stop
+from diffsensor import DriftBudget, Monitor, Reading, every, read_record
+from diffsensor.actions import Log, Response, ScaleLearningRate, Stop
 from diffsensor.control import LoopController
 from diffsensor.errors import ConfigError
 from diffsensor.gate import Gate

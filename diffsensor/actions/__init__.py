@@ -1,6 +1,5 @@
 """What may be asked of a run, and the responses that ask for it when a rule is breached."""
 
-from diffsensor.actions.budget import DriftBudget as DriftBudget
 from diffsensor.actions.requests import Log as Log
 from diffsensor.actions.requests import Pause as Pause
 from diffsensor.actions.requests import Rollback as Rollback
