@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from diffsensor.actions.budget import DriftBudget
 from diffsensor.errors import ConfigError
 from diffsensor.sensors import resolve_sensors
-from diffsensor.types import Findings, MetricInfo, Reading, Scope
+from diffsensor.types import Findings, Reading, Scope
 
 METRICS = {name: info for sensor in resolve_sensors("full") for name, info in sensor.metrics.items()}
 SCOPE = Scope(metrics=METRICS, groups={"code": 8, "poems": 8}, hookpoints=("layers.0",))
@@ -175,9 +175,6 @@ def test_what_cannot_be_kept_is_refused_with_the_closest_choice() -> None:
     refused(DriftBudget(1.2, metric="tv"), "tv is in .* goes from 0 to 1. Give a limit between these")
     refused(DriftBudget(0.2, group="cod"), "Did you mean 'code'")
     refused(DriftBudget(0.2, group="worst"), "the probes have no groups", replace(SCOPE, groups={}))
-    refused(DriftBudget(0.2), r"sealed \(this bank\).*never drives the run", replace(SCOPE, sealed=True))
-    sealed: dict[str, MetricInfo] = METRICS | {"kl_ref_live": replace(METRICS["kl_ref_live"], sealed=True)}
-    refused(DriftBudget(0.2), r"sealed \(kl_ref_live\).*never drives the run", replace(SCOPE, metrics=sealed))
 
 
 @pytest.mark.parametrize(

@@ -103,12 +103,6 @@ class DriftBudget:
             raise ConfigError(
                 f"{self.name} cannot be kept. {unknown('metric that is read here', self.metric, distances)}"
             )
-        if scope.sealed or info.sealed:
-            what = "this bank" if scope.sealed else self.metric
-            raise ConfigError(
-                f"{self.name} would steer by readings that are sealed ({what}). What is sealed may alert a person, but "
-                "never drives the run, or it would become a target. Give the budget a metric and a bank that are not."
-            )
         if info.low != 0 or info.at != "outputs":
             raise ConfigError(
                 f"{self.name} cannot be kept: {self.metric} is "
