@@ -146,9 +146,7 @@ def change_point(values: Streams) -> Run:
 
 def grown(growth: Streams) -> Streams:
     """A drift whose log-growth is the stream, at 2 % a standard deviation."""
-    drift: Streams = 0.1 * np.exp(
-        np.cumsum(np.concatenate([np.zeros((len(growth), 1)), 0.02 * growth], axis=1), axis=1)
-    )
+    drift: Streams = 0.1 * np.exp(np.cumsum(0.02 * growth, axis=1))
     return drift
 
 
@@ -431,8 +429,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             runs[number].append(run)
     rows = [row_of(CASES[number], runs[number]) for number in chosen]
     print(f"{platform.processor() or platform.machine()}, numpy {np.__version__}, {time.perf_counter() - began:.0f} s")
-    print(f"{LENGTH} looks a run (GroupShift: 100); a change comes in the middle. Counted are runs with an alarm; for")
-    print("`Limit, one look` those whose last look, judged by itself, fails.")
+    print(f"{LENGTH} looks a run (GroupShift: 100); a change comes in the middle. A false alarm is a run with one, for")
+    print("`Limit, one look` a run whose last look, judged by itself, fails.")
     print(table(rows))
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")

@@ -245,9 +245,9 @@ class Oversight:
         return alert
 
     def _follow_unknown(self, rule: Rule, judgement: Judgement, step: int) -> Alert | None:
-        """The alert on a rule that could not be judged at `UNKNOWN_LOOKS` looks in a row."""
+        """The alert on a rule none of whose subjects could be judged at `UNKNOWN_LOOKS` looks in a row."""
         track = self._unknown[rule.name]
-        if state_of(judgement) != "unknown":
+        if not judgement.signals or any(signal.state != "unknown" for signal in judgement.signals):
             track.since, track.suppressed = -1, 0
             return None
         if track.since < 0:

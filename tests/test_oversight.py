@@ -103,6 +103,10 @@ def test_a_rule_that_cannot_tell_twice_in_a_row_is_told_of_once() -> None:
     assert "'scripted' cannot be judged (it is off), since step 10" in told[0].message
 
 
+def test_a_rule_that_can_tell_of_some_subjects_is_judged() -> None:
+    assert not alerts(oversight(Scripted(*[{"small": "unknown", "large": "quiet"}] * 4)), 4)
+
+
 def test_a_rule_that_raises_is_contained_and_told_of() -> None:
     errors: list[str] = []
     rules = Scripted(ZeroDivisionError("1"), ZeroDivisionError("2")), Scripted("quiet", "breach", name="other")

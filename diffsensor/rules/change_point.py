@@ -202,12 +202,7 @@ class ChangePoint:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._rising_since = state["rising_since"]
-        self._streams = {
-            subject: _Stream(
-                last=kept["last"], seen=kept["seen"], growths=list(kept["growths"]), bets=list(kept["bets"])
-            )
-            for subject, kept in state["streams"].items()
-        }
+        self._streams = {subject: _Stream(**kept) for subject, kept in state["streams"].items()}
 
 
 @dataclass(slots=True, kw_only=True)

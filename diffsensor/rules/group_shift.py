@@ -17,8 +17,9 @@ from diffsensor.types import ALL_PROBES, FIXED_BANK, Findings, Judgement, Readin
 
 #: So many looks into the run, half of the level is spent.
 HALF_SPENT = 20
-#: A probe's drift counts as no less than this share of the median one: the logarithm of 0 would outweigh all others.
-LEAST_SHARE = 1e-3
+#: A probe's drift counts as no less than this share of the median one: the logarithm of next to nothing would outweigh
+#: all others.
+LEAST_SHARE = 0.1
 
 
 @final
@@ -34,19 +35,20 @@ class GroupShift:
     (all of them where they are at most `permutations`). At look k, floor(level (B + 1) k / (k + 20)) of these B + 1
     arrangements may have crossed, those with the largest z of any group first, and a group is found where its own z is
     among them. So under the null the probability that any group is ever found, in a run of any length, is at most
-    `level`. Holding for all groups at once, that bounds the false discovery rate over groups as well, whatever the
-    dependence between groups and looks. Half of the level is spent in the first 20 looks; later, a few looks may pass
-    until the next crossing is allowed. Fewer permutations make such gaps longer: with 10 000, and a level of 0.05,
-    about 5 looks at look 200.
+    `level`. It holds for all groups at once, whatever the dependence between groups and looks, so it bounds the false
+    discovery rate over groups, too. That is a theorem where no group moved more; where some did, the others are
+    compared with a rest that moved more, which lowers their z, but no bound is proven. Half of the level is spent in
+    the first 20 looks; later, a few looks may pass until the next crossing is allowed. Fewer permutations make such
+    gaps longer: with 10 000, and a level of 0.05, about 5 looks at look 200.
 
     A group that was found is in breach until its p at one look, (1 + arrangements with a larger z of any group) /
     (1 + B), is above the level. That p, at each look and not corrected for the number of looks, is its evidence.
 
     Blind to a group that moves with all others, or less. A group that by its nature answers more freely drifts farther
     on any fine-tune, and is found, too: the rule says which groups moved more, not that they should not have. It tells
-    nothing while there is no measurable drift; drift of 0 and below counts as a thousandth of the median. Probes
-    without a number (no counted position) are left out. A group with too few probes to reach half of the level is
-    "unknown", at every look; where all are, the rule is refused.
+    nothing while there is no measurable drift; less than a tenth of the median drift, 0 and below too, counts as a
+    tenth. Probes without a number (no counted position) are left out. A group with too few probes to reach half of the
+    level is "unknown", at every look; where all are, the rule is refused.
 
     It warns and never stops a run by itself: groups that drift differently are no fault as such.
 
