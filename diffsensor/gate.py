@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import final
 
 from diffsensor.errors import ConfigError
-from diffsensor.protocols import Criterion
+from diffsensor.protocols import Criterion, Rule
 from diffsensor.storage.atomic import store
 from diffsensor.storage.checked_json import json_bytes, read_json
 from diffsensor.types import Findings, Scope, Verdict
@@ -15,6 +15,8 @@ from diffsensor.types import Findings, Scope, Verdict
 #: Fail over unknown over pass: one criterion that is not met is enough.
 _ORDER = ("fail", "unknown", "pass")
 _LEDGER = "verdicts"
+#: The verdict's file in a checkpoint that is a directory, and what its name ends with beside one that is a file.
+VERDICT_IN, VERDICT_BESIDE = "diffsensor-verdict.json", ".verdict.json"
 
 
 @final
@@ -37,9 +39,11 @@ class Gate:
             )
         for criterion in criteria:
             if not isinstance(criterion, Criterion):
+                named = criterion.name if isinstance(criterion, Rule) else repr(criterion)
+                hint = " without the list" if isinstance(criterion, list) else ""
                 raise ConfigError(
-                    f"The gate was given {criterion!r}, which cannot judge one checkpoint by itself. "
-                    "Give it a Limit, an Invariant or an Envelope."
+                    f"The gate was given {named}, which cannot judge one checkpoint by itself. "
+                    f"Give it a Limit, an Invariant or an Envelope{hint}."
                 )
         self.criteria = criteria
 
@@ -71,10 +75,18 @@ def write_verdict(path: str | os.PathLike[str], verdict: Verdict) -> None:
 
 
 def read_verdict(path: str | os.PathLike[str]) -> Verdict:
-    """The verdict that `write_verdict` wrote; unknown where there is none. Raises `CorruptFileError` if changed."""
-    if not Path(path).exists():
-        return Verdict(step=-1, outcome="unknown", reason=f"There is no verdict at {path}, and unknown is not a pass.")
-    return Verdict(**read_json(Path(path), "verdict"))
+    """The verdict on a checkpoint, a file or a directory, or in a file that `write_verdict` wrote.
+
+    Unknown where there is none. Raises `CorruptFileError` where it has changed.
+    """
+    given = Path(path)
+    if given.is_dir():
+        file = given / VERDICT_IN
+    else:
+        file = given if given.suffix == ".json" else given.with_name(given.name + VERDICT_BESIDE)
+    if not file.exists():
+        return Verdict(step=-1, outcome="unknown", reason=f"There is no verdict at {file}, and unknown is not a pass.")
+    return Verdict(**read_json(file, "verdict"))
 
 
 @final

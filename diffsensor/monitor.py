@@ -104,6 +104,7 @@ class Monitor:
         noise_floor: bool = True,
     ) -> None:
         _require_arguments(probes, schedule, hookpoints)
+        _require_parts(rules, sinks, controller)
         self.probes = probes
         self.reference = reference if isinstance(reference, Reference) else None
         self.sensors = resolve_sensors(sensors)
@@ -227,7 +228,10 @@ class Monitor:
             self.attach(model)  # only now it is known which step was read last
         if step < self._last_step:
             self._last_step = -1  # the run has gone back, and what it reads now takes the place of what came after
-        return self.read(model, step, **progress) if self.is_due(step) else []
+        if self.is_due(step):
+            return self.read(model, step, **progress)
+        self.alerts = []
+        return []
 
     def read(self, model: nn.Module, step: int, **progress: float | Tensor) -> list[Reading]:
         """Look now. Leaves no trace on the model."""
@@ -265,7 +269,10 @@ class Monitor:
         if self._findings is None or step != self._last_step:
             self.read(model, step)
         assert self._findings is not None
-        self._verdict = self._oversight.verdict(gate, self._findings)
+        before, self._verdict = self._verdict, self._oversight.verdict(gate, self._findings)
+        if (passes := self._verdict.outcome == "pass") != (before is None or before.outcome == "pass"):
+            told = "passes the gate again" if passes else f"does not pass the gate ({self._verdict.outcome})"
+            logger.warning("step %d: the model %s. %s", step, told, self._verdict.reason)
         self._hand_on(Findings(step=step, verdicts=(self._verdict,)))
         return self._verdict
 
@@ -496,6 +503,22 @@ def _require_arguments(probes: object, schedule: object, hookpoints: object) -> 
         raise ConfigError(f"schedule={schedule!r} was given, expected a function of the step, such as every(50).")
     if not isinstance(hookpoints, Sequence):
         raise ConfigError(f"hookpoints={hookpoints!r} was given, expected 'auto' or a sequence of names and globs.")
+
+
+def _require_parts(rules: object, sinks: object, controller: object) -> None:
+    if rules is not None and not isinstance(rules, Sequence):
+        raise ConfigError(f"rules={rules!r} was given, expected a list of rules and responses: rules=[Limit(...)].")
+    if not isinstance(sinks, Sequence):
+        raise ConfigError(f"sinks={sinks!r} was given, expected a list of sinks: sinks=[Webhook(...)].")
+    for sink in sinks:
+        if not isinstance(sink, Sink) or isinstance(sink, type):
+            hint = " Did you mean Calls(function)?" if callable(sink) else ""
+            raise ConfigError(f"sinks holds {sink!r}, which has no write(findings) and close().{hint}")
+    if controller is not None and not isinstance(controller, Controller):
+        raise ConfigError(
+            f"controller is a {type(controller).__name__}, expected what says what the run can do: "
+            "LoopController(model, optimizer)."
+        )
 
 
 def _open_into(folds: dict[str, Fold], sensor: Sensor, reference: Reference, head: OutputHead) -> None:

@@ -73,7 +73,7 @@ class Oversight:
         self._contain = contain
         self._tracks: dict[str, dict[str, _Track]] = {name: {} for name in names}
         self._unknown = {name: _Track() for name in names}
-        self._last_alerts: dict[str, dict[str, Any]] = {}
+        self._said: dict[str, dict[str, Any]] = {}
         self._num_looks = 0
         self._sealed: frozenset[str] = frozenset()
         #: The metrics of evidence that came of sealed readings, and is as sealed as they are.
@@ -177,13 +177,15 @@ class Oversight:
             raised = [self._follow(rule, signal, step) for signal in judgement.signals]
             raised.append(self._follow_unknown(rule, judgement, step))
             alerts += (alert for alert in raised if alert is not None)
+            if (breach := next((signal for signal in judgement.signals if signal.state == "breach"), None)) is not None:
+                track = self._tracks[rule.name][breach.subject]
+                self._said[rule.name] = asdict(_alert(rule, breach, step, track))  # what an action is told
         coefficient: float | None = None
         if self.budget is not None:
             coefficient, reading = self._steered(self.budget, findings)
             evidence.append(reading)
         alerts = [replace(alert, is_repeat=(alert.rule, alert.subject, step) in told) for alert in alerts]
-        for alert in alerts:
-            self._last_alerts[alert.rule] = asdict(alert)
+        self._said |= {alert.rule: asdict(alert) for alert in alerts if alert.subject == UNJUDGED}
         findings = replace(findings, readings=(*findings.readings, *evidence), alerts=tuple(alerts))
         if self._responses or self.budget is not None:
             self._pending = {
@@ -269,7 +271,8 @@ class Oversight:
     def _has_passed(self, findings: Findings, states: Mapping[str, State]) -> bool:
         if self.gate is not None:
             return self.verdict(self.gate, findings).outcome == "pass"
-        return not findings.faults and all(state == "quiet" for state in states.values())
+        good = {rule.name: {"quiet"} if rule.may_stop else {"quiet", "unknown"} for rule in self._rules}
+        return not findings.faults and all(state in good[name] for name, state in states.items())
 
     def act(self, controller: Controller | None, told: Callable[[ActionTaken], None]) -> None:
         """Ask the run for what the last look calls for. Each request is `told` with what became of it.
@@ -310,7 +313,7 @@ class Oversight:
 
     def _alert_of(self, rule: Rule, step: int) -> Alert:
         """What to tell with an action: the alert of this breach, or that the rule could not be judged."""
-        if (last := self._last_alerts.get(rule.name)) is not None:
+        if (last := self._said.get(rule.name)) is not None:
             return replace(Alert(**last), step=step)
         message = f"The rule {rule.name!r} cannot be judged since step {self._unknown[rule.name].since}."
         return Alert(step=step, rule=rule.name, severity="critical", subject=UNJUDGED, message=message, first_step=step)
@@ -323,6 +326,8 @@ class Oversight:
             detail = action(alert, controller or LoopController())
             if action.needs == "set_kl_coefficient" and controller is not None:
                 self._coefficient = controller.kl_coefficient()
+            if action.needs is not None:
+                logger.warning("step %d, %s, as %r asks for: %s", alert.step, action.name, alert.rule, detail)
             return replace(taken, detail=detail)
         except RefusedError as error:
             logger.warning(
@@ -354,7 +359,7 @@ class Oversight:
             "budget": None if self.budget is None else self.budget.state_dict(),
             "tracks": {name: {key: asdict(track) for key, track in of.items()} for name, of in self._tracks.items()},
             "unknown": {name: asdict(track) for name, track in self._unknown.items()},
-            "last_alerts": dict(self._last_alerts),
+            "said": dict(self._said),
             "coefficient": self._coefficient,
             "pending": self._pending,
         }
@@ -378,7 +383,7 @@ class Oversight:
                 response.load_state_dict(state["responses"][response.rule.name])
         if self.budget is not None and state["budget"] is not None:
             self.budget.load_state_dict(state["budget"])
-        self._last_alerts = {name: kept for name, kept in state["last_alerts"].items() if name in names}
+        self._said = {name: kept for name, kept in state["said"].items() if name in names}
         pending = state["pending"]
         known = pending is None or pending["states"].keys() == {response.rule.name for response in self._responses}
         self._pending = pending if known else None

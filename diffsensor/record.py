@@ -286,13 +286,22 @@ def _go_on(path: Path, manifest: Mapping[str, object]) -> int:
     given = {key: plain(value, key) for key, value in manifest.items()}
     stored = {key: plain(value, key) for key, value in begun.items()}
     if changed := [key for key in sorted(given.keys() | stored.keys()) if given.get(key) != stored.get(key)]:
-        logger.warning("%s is resumed with another %s than it was begun with.", path, listed(changed))
+        told = [difference for key in changed for difference in _differences(key, stored.get(key), given.get(key))]
+        logger.warning("%s is resumed with other settings than it was begun with: %s.", path, listed(told))
     lines, last = read_lines(path, _read_checksums(path).closed_at)
     for kind in LINE_FILES:
         set_aside(path / kind.name, lines[kind])
     for file in (*(path / (name + TEMPORARY) for name in (STATE, CHECKSUMS)), *path.glob(f"{TENSORS}/*{TEMPORARY}")):
         file.unlink(missing_ok=True)
     return last
+
+
+def _differences(name: str, then: object, now: object) -> list[str]:
+    """In what a member of two manifests differs; in words, of mappings each of their members."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+        return [difference for key in keys for difference in _differences(f"{name}.{key}", then.get(key), now.get(key))]
+    return [f"{name} was {then!r} and is {now!r}"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

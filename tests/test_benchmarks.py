@@ -157,3 +157,14 @@ def test_the_budget_benchmark_names_each_missed_target() -> None:
     bad = bench.Row(control=bench.PI, end=0.16, largest=0.31, task_loss=3.07, trajectory=(), **given)
     assert bench.missed([none, good]) == []
     assert len(bench.missed([none, bad])) == 3
+
+
+def test_rules_are_judged_on_runs_where_nothing_is_wrong(tmp_path: Path) -> None:
+    streams = script("streams")
+    bench = script("bench_false_alarms")
+    assert bench.main(["--quick", "--json", str(tmp_path / "rows.json")]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert {row["rule"].split(",")[0] for row in rows} == {"ChangePoint", "Limit", "Envelope", "GroupShift"}
+    assert all(row["interval"][0] <= row["false_alarms"] <= row["interval"][1] for row in rows)
+    low, high = streams.binomial_interval(5, 100)
+    assert (round(low, 4), round(high, 4)) == (0.0164, 0.1128)

@@ -132,7 +132,7 @@ def test_too_few_records_are_refused_with_the_number_needed(
 ) -> None:
     code, _, err = run(capsys, *records(4), "-o", str(tmp_path / "pilots.json"))
     assert code == 2
-    assert "4 pilots were given. At least 5 are needed" in err
+    assert "Pilots given: 4. At least 5 are needed" in err
 
 
 def test_a_record_given_twice_is_refused(records: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -423,7 +423,7 @@ def test_an_argument_that_means_nothing_is_refused(
 
 def test_runs_that_cannot_be_pilots_together_are_refused(rng: np.random.Generator) -> None:
     runs = [run(f"run-{each}", healthy(rng)) for each in range(5)]
-    with pytest.raises(ConfigError, match=r"4 pilots were given\. At least 5 are needed .* and 28 for one of 5 %"):
+    with pytest.raises(ConfigError, match=r"Pilots given: 4. At least 5 are needed .* and 28 for one of 5 %"):
         gather(runs[:4])
     for differently, complaint in (
         ({"schedule": "every(5)"}, r"run-5 is not a pilot of the same recipe as run-0: schedule is every\(5\) there"),

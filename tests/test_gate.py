@@ -84,6 +84,19 @@ def test_a_verdict_comes_back_from_its_file_whatever_that_is_called(tmp_path: Pa
     assert math.isnan(found.stderr)
 
 
+def test_the_verdict_on_a_checkpoint_is_found_in_it_or_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-40").mkdir()
+    (tmp_path / "step=40.ckpt").write_bytes(b"weights")
+    for place in (tmp_path / "checkpoint-40", tmp_path / "step=40.ckpt"):
+        assert read_verdict(place).outcome == "unknown"
+    write_verdict(
+        tmp_path / "checkpoint-40" / "diffsensor-verdict.json", Verdict(step=40, outcome="fail", reason="far")
+    )
+    write_verdict(tmp_path / "step=40.ckpt.verdict.json", Verdict(step=40, outcome="pass", reason="near"))
+    assert read_verdict(tmp_path / "checkpoint-40").outcome == "fail"
+    assert read_verdict(tmp_path / "step=40.ckpt").outcome == "pass"
+
+
 def test_a_missing_verdict_is_unknown_and_a_changed_one_is_noticed(tmp_path: Path) -> None:
     missing = read_verdict(tmp_path / "none.json")
     assert missing.outcome == "unknown"

@@ -141,7 +141,6 @@ def test_actions_come_at_the_alert_in_order_and_are_told_with_what_became_of_the
     ]
     assert taken[1].detail == "No scale now."
     assert run.asked == ["stop"]
-    assert look(watching, run, step=8)[1] == []
 
 
 def test_an_action_that_fails_is_contained_and_the_next_one_comes_all_the_same() -> None:
@@ -162,6 +161,45 @@ def test_a_stop_rule_that_cannot_be_judged_twice_in_a_row_stops_the_run() -> Non
     assert run.asked == ["stop"]
     assert [(alert.severity, alert.subject) for alert in told] == [("critical", "unjudged")]
     assert [each.action for each in taken] == ["stop"]
+
+
+def test_a_stop_is_asked_for_again_while_the_breach_lasts_also_in_a_run_that_was_started_again() -> None:
+    def make() -> Oversight:
+        return oversight(Response(Scripted(*["breach"] * 3, "quiet", "breach", "breach"), Log(), Stop(), patience=1))
+
+    first, run = make(), Run()
+    for step in range(2):
+        look(first, run, step=step)
+    assert run.asked == ["stop"]
+    second, later = make(), Run()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    asked = [len(look(second, later, step=step)[1]) for step in range(2, 6)]
+    assert later.asked == ["stop", "stop"]  # at step 2, and at the top of the ladder that begins anew at step 4
+    assert asked == [1, 0, 1, 1]
+
+
+def test_an_action_is_told_the_numbers_of_its_own_step() -> None:
+    reasons: list[str] = []
+
+    class Told(Run):
+        def stop(self, reason: str) -> str:
+            reasons.append(reason)
+            return "stops"
+
+    limit = Limit("kl_ref_live", above=0.2, for_=1)
+    watching, run = oversight(Response(limit, Log(), Stop(), patience=2)), Told()
+    for step, value in enumerate((0.3, 0.4, 0.5)):
+        look(watching, run, step=10 * step, value=value)
+    (reason,) = reasons
+    assert "step 20" in reason
+    assert "is 0.5 nats/token" in reason
+    assert "since step 0" in reason
+
+
+def test_what_was_done_to_the_run_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    look(oversight(Response(Scripted("breach"), Log(), ScaleLearningRate(0.5))), Run(), step=7)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "diffsensor.oversight"]
+    assert line == "step 7, scale_learning_rate(0.5), as 'scripted' asks for: did scale"
 
 
 def test_what_was_asked_for_is_not_asked_for_again_and_what_was_not_is() -> None:
@@ -210,6 +248,13 @@ def test_what_passed_is_kept_for_a_rollback_and_nothing_else() -> None:
     watching = oversight(Response(Scripted("quiet", "quiet"), Log()))
     look(watching, run)
     assert run.asked == []
+
+
+def test_a_rule_that_only_warns_and_cannot_tell_does_not_keep_a_copy_from_being_kept() -> None:
+    for may_stop, kept in ((False, [("keep", 0)]), (True, [])):
+        run, rule = Run(), Scripted("unknown", name="warns", may_stop=may_stop)
+        look(oversight(rule, Response(Scripted("quiet"), Rollback())), run)
+        assert run.asked == kept
 
 
 def test_with_a_gate_only_what_it_passes_is_kept() -> None:

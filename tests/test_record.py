@@ -215,7 +215,7 @@ def test_a_resume_with_another_configuration_keeps_the_manifest_and_says_so(
 ) -> None:
     written(tmp_path)
     Record(tmp_path, manifest=MANIFEST | {"torch": "3.0"}, resume=True).close()
-    assert "resumed with another torch" in caplog.text
+    assert "resumed with other settings than it was begun with: torch was '2.13.0' and is" in caplog.text
     assert read_manifest(tmp_path) == MANIFEST
 
 

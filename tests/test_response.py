@@ -65,7 +65,7 @@ def test_without_patience_all_actions_come_at_each_alert() -> None:
 
 def test_a_ladder_climbs_while_the_breach_lasts_and_ends_on_its_last_rung() -> None:
     response = Response(Told(), Log(), HALVE, Stop(), patience=3)
-    assert asked(response, ".!xxxxxxxxx") == ["", "lo", "", "", "sc", "", "", "st", "", "", ""]
+    assert asked(response, ".!xxxxxxxxx") == ["", "lo", "", "", "sc", "", "", "st", "st", "st", "st"]
 
 
 def test_a_ladder_begins_anew_after_a_quiet_look() -> None:
@@ -125,7 +125,7 @@ def test_a_step_that_is_read_again_and_alerts_only_then_is_answered() -> None:
 
 def test_a_response_that_may_stop_fails_closed_after_two_looks_that_could_not_tell() -> None:
     assert asked(Response(Told(), Stop()), ".?.??") == ["", "", "", "", "st"]
-    assert asked(Response(Told(), Log(), Stop(), patience=2), "??????") == ["", "lo", "", "st", "", ""]
+    assert asked(Response(Told(), Log(), Stop(), patience=2), "??????") == ["", "lo", "", "st", "st", "st"]
     response = Response(Told(), SaveCheckpoint(), Stop())
     response.due(0, "unknown", False)
     assert not response.fails_closed

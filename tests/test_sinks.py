@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -20,7 +21,7 @@ from diffsensor.errors import ConfigError
 from diffsensor.protocols import Sink
 from diffsensor.sinks import Calls, LogAlerts, Webhook
 from diffsensor.sinks.webhook import _asked_to_wait
-from diffsensor.types import Alert, Findings, Severity
+from diffsensor.types import ActionTaken, Alert, Findings, Severity
 
 SECRET = "T000/B000/XyZsecret"
 
@@ -371,3 +372,24 @@ def test_an_address_that_is_none_is_refused_without_showing_it(url: str, complai
 def test_an_argument_that_means_nothing_is_refused(build: Any, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         build()
+
+
+def test_several_alerts_of_one_rule_are_one_line_with_the_worst_in_full(caplog: pytest.LogCaptureFixture) -> None:
+    alerts = [
+        replace(alert(message=f"group {number} is {number}."), subject=f"group={number}", value=float(number))
+        for number in (1, 3, 2)
+    ]
+    LogAlerts().write(findings(*alerts, replace(alert(message="another rule."), rule="other")))
+    assert [record.getMessage() for record in caplog.records] == [
+        "step 0, limit: group 3 is 3. So do 2 more: group=1, group=2.",
+        "step 0, other: another rule.",
+    ]
+
+
+def test_a_webhook_tells_of_a_stop_and_not_of_a_scaled_rate(server: Server) -> None:
+    hook = Webhook(server.url)
+    taken = ActionTaken(step=7, rule="limit", action="stop", outcome="done", detail="the loop was told to stop")
+    hook.write(Findings(step=7, actions=(replace(taken, action="scale_learning_rate(0.5)"), taken)))
+    hook.close()
+    (text,) = [body["text"] for _, body in server.posted]
+    assert "stop (done), as 'limit' asks for: the loop was told to stop" in text

@@ -15,6 +15,7 @@ from diffsensor.errors import ConfigError
 from diffsensor.gate import Gate
 from diffsensor.rules import ChangePoint, Invariant, Limit
 from diffsensor.sensors import Outputs, Sealed
+from diffsensor.sinks import LogAlerts
 from diffsensor.types import Findings
 from tiny import HEADS, Kept, frozen_head, llama, probe_set, texts
 
@@ -305,6 +306,33 @@ def test_a_rule_on_what_is_not_read_is_refused_before_anything_is_written(tmp_pa
     assert not (tmp_path / "record").exists()
 
 
+def test_what_is_no_list_of_rules_no_sink_and_no_controller_is_refused_when_the_monitor_is_made(
+    unchecked: None,
+) -> None:
+    limit = Limit("kl_ref_live", above=0.3)
+    for given, sentence in (
+        ({"rules": limit}, r"expected a list of rules and responses: rules=\[Limit"),
+        ({"sinks": LogAlerts()}, r"expected a list of sinks"),
+        ({"sinks": [print]}, r"no write\(findings\) and close\(\). Did you mean Calls\(function\)\?"),
+        ({"controller": llama()}, r"controller is a LlamaForCausalLM, expected.*LoopController\(model, optimizer\)"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            Monitor(probe_set(), **given)
+    with pytest.raises(ConfigError, match="expected a rule first"):
+        Response("kl_ref_live", Stop())
+    with pytest.raises(ConfigError, match="Give the model first"):
+        LoopController(torch.optim.SGD(llama().parameters(), lr=1.0))
+
+
+def test_alerts_are_those_of_the_last_look_only(tmp_path: Path) -> None:
+    model = llama()
+    monitor = Monitor(probe_set(), cache_dir=tmp_path, schedule=every(2))
+    monitor.observe(model, 0, loss=math.nan)
+    assert monitor.alerts
+    monitor.observe(model, 1)
+    assert not monitor.alerts
+
+
 # Verdicts
 
 
@@ -312,7 +340,9 @@ def gated(tmp_path: Path, **arguments: object) -> Monitor:
     return Monitor(probe_set(), cache_dir=tmp_path / "cache", gate=Gate(Limit("kl_ref_live", above=0.05)), **arguments)
 
 
-def test_a_verdict_reads_the_model_where_its_step_was_not_read(tmp_path: Path) -> None:
+def test_a_verdict_reads_the_model_where_its_step_was_not_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = llama()
     with gated(tmp_path, record=tmp_path / "record") as monitor:
         assert monitor.verdict(model, 0).outcome == "pass"
@@ -321,6 +351,9 @@ def test_a_verdict_reads_the_model_where_its_step_was_not_read(tmp_path: Path) -
         verdict = monitor.verdict(model, 5)
         assert (verdict.outcome, verdict.step, verdict.threshold) == ("fail", 5, 0.05)
         assert monitor.verdict(model, 5) == verdict
+    told = [record.getMessage() for record in caplog.records if "gate" in record.getMessage()]
+    assert len(told) == 1
+    assert told[0].startswith("step 5: the model does not pass the gate (fail). kl_ref_live is ")
     found = read_record(tmp_path / "record")
     assert [(each.step, each.outcome) for each in found.verdicts] == [(0, "pass"), (5, "fail")]
     assert {reading.step for reading in found.readings} == {0, 5}

@@ -32,7 +32,7 @@ class DriftBudget:
         limit: the budget, in the unit of the metric; nats per token for "kl_ref_live".
         metric: a distance that is 0 where nothing moved, read on the outputs.
         kp, ki: how hard it reacts to the error now, and to all that was; per reading.
-        start: the coefficient of the first steps, before anything was read.
+        start: the coefficient before anything was read. The reading of step 0, which is 0, lowers it by `max_factor`.
         lowest, highest: the coefficient's range.
         max_factor: by how much it may rise or fall at one reading.
         group: one group of the probes, or "worst"; all probes by default.

@@ -34,7 +34,8 @@ class Response:
         Response(Limit("kl_ref_live", above=0.3), Log(), ScaleLearningRate(0.5), Stop(), patience=5)       # a ladder
 
     What the rule says of its subjects is taken together: one subject in breach is a breach. A response that may stop
-    the run fails closed: where its rule fails or cannot tell at two looks in a row, that is a breach.
+    the run fails closed: where its rule fails or cannot tell at two looks in a row, that is a breach. Once it has asked
+    for a stop it does so again at every look while the breach lasts: a run that is started again is stopped again.
 
     Arguments:
         rule: what decides.
@@ -48,6 +49,8 @@ class Response:
     """
 
     def __init__(self, rule: Rule, *actions: Action, patience: int | None = None, cooldown: int = 0) -> None:
+        if not isinstance(rule, Rule) or isinstance(rule, type):
+            raise ConfigError(f"A Response was given {rule!r}, expected a rule first: Response(Limit(...), Stop()).")
         if patience is not None:
             _require_looks("patience", patience, 1)
         _require_looks("cooldown", cooldown, 0)
@@ -62,6 +65,7 @@ class Response:
         self._quiet = 0
         self._rung = 0
         self._owed = False
+        self._stopping = False
 
     @property
     def needs(self) -> frozenset[Ability]:
@@ -90,6 +94,10 @@ class Response:
         has_alert = has_alert or (is_breach and (self._owed or (state == "unknown" and not was_breach)))
         if step == self._acted_step:
             return []
+        if is_breach and self._stopping:
+            # It has asked for the end, and the run goes on: because it was resumed, or because it has to go on a while.
+            self._acted_step, self._since_acted = step, 0
+            return [action for action in self.actions if action.needs == "stop"]
         is_cooling = self._since_acted is not None and self._since_acted <= self.cooldown
         self._owed = (has_alert and is_cooling) or (self._owed and state == "unknown" and not is_breach)
         if is_cooling:
@@ -97,6 +105,7 @@ class Response:
         due = self._all(has_alert) if self.patience is None else self._next(has_alert, is_breach)
         if due:
             self._acted_step, self._since_acted = step, 0
+            self._stopping = self._stopping or any(action.needs == "stop" for action in due)
         return due
 
     def _count(self, state: State) -> None:
@@ -106,7 +115,7 @@ class Response:
         if state == "breach" or self.fails_closed:
             self._in_breach, self._quiet = self._in_breach + 1, 0
         elif state == "quiet":
-            self._in_breach, self._quiet = 0, self._quiet + 1
+            self._in_breach, self._quiet, self._stopping = 0, self._quiet + 1, False
             if self._quiet >= max(1, self.cooldown):
                 self._rung = 0
 
@@ -147,6 +156,7 @@ class Response:
             "quiet": self._quiet,
             "rung": self._rung,
             "owed": self._owed,
+            "stopping": self._stopping,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -161,6 +171,7 @@ class Response:
         self._since_acted, self._given = state["since_acted"], list(state["given"])
         self._unknown, self._in_breach = state["unknown"], state["in_breach"]
         self._quiet, self._rung, self._owed = state["quiet"], state["rung"], state["owed"]
+        self._stopping = state["stopping"]
 
     def _require_sense(self) -> None:
         rule, actions = self.rule.name, self.actions

@@ -65,6 +65,11 @@ class LoopController:
         wait: PauseFile | Path | str | None = None,
     ) -> None:
         #: Whether an action asked the run to end; the loop checks it, and says why: `stop_reason`.
+        if model is not None and not isinstance(model, nn.Module):
+            raise ConfigError(
+                f"LoopController was given a {type(model).__name__} as its model. Give the model first: "
+                "LoopController(model, optimizer)."
+            )
         self.should_stop = False
         self.stop_reason = ""
         self._model, self._scaler, self._save, self._penalty = model, scaler, save, penalty

@@ -192,3 +192,8 @@ MAX_TOKEN_GAIN = MetricInfo(
     "says how much larger it may be. No standard error: it is a maximum",
     blind_to="many small gains",
 )
+
+#: What only the full cost class reads.
+FULL_METRICS = frozenset(
+    {metric.info.name for metric in OUTPUT_METRICS.values() if metric.cost == "full"} | {KL_P95.name, KL_WORST1.name}
+)

@@ -129,7 +129,7 @@ def gather(runs: Sequence[PilotRun], metrics: Collection[str] = ()) -> Pilots:
     """
     if len(runs) < FEWEST_PILOTS:
         raise ConfigError(
-            f"{len(runs)} pilots were given. At least {FEWEST_PILOTS} are needed (for a false-alarm level of 25 %), "
+            f"Pilots given: {len(runs)}. At least {FEWEST_PILOTS} are needed (for a false-alarm level of 25 %), "
             f"and {pilots_for(0.05)} for one of 5 %: record more healthy runs of this recipe, each with its own seed."
         )
     _require_alike(runs)
@@ -229,7 +229,7 @@ def _curves(runs: Sequence[PilotRun], metrics: Collection[str]) -> dict[str, Cur
 
 
 def write_pilots(path: str | os.PathLike[str], pilots: Pilots) -> None:
-    """Write them to a file, as a whole or not at all. The file keeps its name: renamed it is refused."""
+    """Write them to a file, as a whole or not at all."""
     content = {
         "reference": pilots.reference,
         "probes": pilots.probes,
@@ -253,7 +253,7 @@ def write_pilots(path: str | os.PathLike[str], pilots: Pilots) -> None:
     }
     path = Path(path)
     try:
-        store(path, json_bytes(path.stem, content))
+        store(path, json_bytes("pilots", content))
     except OSError as error:
         raise StorageError(
             f"The pilots cannot be written to {path}: {error.strerror or error}. Give another place with -o."
@@ -268,7 +268,7 @@ def read_pilots(path: str | os.PathLike[str]) -> Pilots:
             f"There are no pilots at {path}. Make them of the records of healthy runs: diffsensor calibrate RECORD... "
             f"-o {path}"
         )
-    content: dict[str, Any] = read_json(path)
+    content: dict[str, Any] = read_json(path, "pilots")
     curves = {
         key: Curves(**{**one, "steps": tuple(one["steps"]), "values": tuple(map(tuple, one["values"]))})
         for key, one in content["curves"].items()

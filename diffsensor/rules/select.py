@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from diffsensor.errors import ConfigError, unknown
+from diffsensor.metrics import FULL_METRICS
 from diffsensor.types import ALL_PROBES, WORST_GROUP, Findings, MetricInfo, Reading, Scope, log_key
 
 EACH = "*"
@@ -125,8 +126,9 @@ def require_metric(metric: str, scope: Scope, rule: str) -> MetricInfo | None:
         return scope.metrics[metric]
     if metric in scope.progress:
         return None
-    raise ConfigError(
-        f"The rule {rule!r} cannot be judged. "
-        + unknown("metric that is read here", metric, [*scope.metrics, *scope.progress])
-        + f" What a loop of your own tells of its progress is named to the monitor: progress=[{metric!r}]."
-    )
+    sentence = unknown("metric that is read here", metric, [*scope.metrics, *scope.progress])
+    if metric in FULL_METRICS:
+        sentence += f" {metric!r} is read with sensors='full'."
+    elif "Did you mean" not in sentence:
+        sentence += f" What a loop of your own tells of its progress is named to the monitor: progress=[{metric!r}]."
+    raise ConfigError(f"The rule {rule!r} cannot be judged. {sentence}")

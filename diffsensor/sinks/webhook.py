@@ -15,18 +15,22 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from diffsensor.errors import ConfigError, unknown
-from diffsensor.types import Alert, Findings, Severity
+from diffsensor.types import ActionTaken, Alert, Findings, Severity
 
 logger = logging.getLogger(__name__)
 
 _SEVERITIES: tuple[Severity, ...] = get_args(Severity)
+#: The actions after which a run is no longer what its owner thinks.
+_TOLD = ("stop", "rollback", "pause")
 #: No wait between two attempts is longer, whatever a server asks for.
 LONGEST_WAIT = 120.0
 
 
 @final
 class Webhook:
-    """Posts each alert as Slack-compatible JSON (`text`, and its parts as an attachment's fields), in the background.
+    """Posts each alert, stop, rollback and pause as Slack-compatible JSON, in the background.
+
+    The `text` says it all; its parts are fields of an attachment.
 
     `write` returns at once; a thread of its own sends the alerts in order. What fails is tried again with growing
     waits: no connection, a timeout, 408, 429 and 5xx, after as long as the server asks for (Retry-After, at most two
@@ -77,7 +81,8 @@ class Webhook:
 
     def write(self, findings: Findings) -> None:
         least = _SEVERITIES.index(self._min_severity)
-        alerts = [a for a in findings.alerts if not a.is_repeat and _SEVERITIES.index(a.severity) >= least]
+        told = [*findings.alerts, *(_as_alert(taken) for taken in findings.actions if taken.action in _TOLD)]
+        alerts = [a for a in told if not a.is_repeat and _SEVERITIES.index(a.severity) >= least]
         if not alerts:
             return
         with self._changed:
@@ -200,6 +205,17 @@ def _host_of(url: str) -> str:
             "address whose path is the secret."
         )
     return parts.hostname + (f":{port}" if port is not None else "")
+
+
+def _as_alert(taken: ActionTaken) -> Alert:
+    return Alert(
+        step=taken.step,
+        rule=taken.rule,
+        severity="critical",
+        subject=taken.action,
+        message=f"{taken.action} ({taken.outcome}), as {taken.rule!r} asks for: {taken.detail}",
+        first_step=taken.step,
+    )
 
 
 def _payload(alert: Alert) -> bytes:

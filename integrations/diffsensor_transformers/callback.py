@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 _CONSOLE = (PrinterCallback, ProgressCallback)
 #: Who writes where. An error ends a run without a word to its callbacks, so that a record may still be open when the
 #: run goes on in the same process, as in a notebook.
-_writers: "WeakValueDictionary[Path, DriftMonitorCallback]" = WeakValueDictionary()
+_writers: "WeakValueDictionary[str, DriftMonitorCallback]" = WeakValueDictionary()
 
 
 class DriftMonitorCallback(TrainerCallback):
@@ -224,9 +224,9 @@ class DriftMonitorCallback(TrainerCallback):
             if by_record := newest is not None and _last_step_in(newest) == state.global_step:
                 record = newest
         if record is not None:
-            if (left_open := _writers.get(record.resolve())) not in (None, self):
+            if (left_open := _writers.get(str(record.resolve()))) not in (None, self):
                 left_open.close()
-            _writers[record.resolve()] = self
+            _writers[str(record.resolve())] = self
         self._monitor = Monitor(
             **self._arguments,
             record=record,

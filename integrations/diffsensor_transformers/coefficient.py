@@ -52,8 +52,8 @@ def why_no_coefficient(trainer: Any) -> str:
     name = type(trainer).__name__
     if not (kind := own_beta(trainer)):
         return (
-            f"{name} has no KL coefficient. Add a penalty before training: penalised(trainer, KLPenalty()) with LoRA, "
-            "penalised(trainer, KLPenalty.frozen_copy(trainer.model)) for a full fine-tune."
+            f"{name} has no KL coefficient. Give the callback a penalty: penalty=KLPenalty() with LoRA, "
+            "penalty=KLPenalty.frozen_copy(model) for a full fine-tune."
         )
     if kind == "DPOTrainer" and set(trainer.loss_types) == {"sft"}:
         return f"{name} has loss_type='sft', which beta takes no part in. Add another loss, such as 'sigmoid'."
