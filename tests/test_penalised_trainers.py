@@ -321,7 +321,7 @@ def test_beta_that_is_set_takes_effect_at_the_next_step(case: str, tmp_path: Pat
 
 def test_a_penalty_s_coefficient_is_set_by_the_same_functions(tmp_path: Path) -> None:
     trainer = trainer_of("SFT", tmp_path)
-    assert "penalised(trainer, KLPenalty())" in why_no_coefficient(trainer)
+    assert "penalty=KLPenalty() with LoRA" in why_no_coefficient(trainer)
     with pytest.raises(RefusedError, match="SFTTrainer has no KL coefficient"):
         set_kl_coefficient(trainer, 1.0)
     penalty = KLPenalty.frozen_copy(trainer.model, coefficient=0.5)
