@@ -124,6 +124,7 @@ class Monitor:
         self._told: set[tuple[str, str, int]] = set()
         self._findings: Findings | None = None
         self._verdict: Verdict | None = None
+        self._passes = True  # the model at the last verdict, so that a change of it is told
         self._record_path = None if record is None else Path(record)
         self._record: Record | None = None
         self._sinks: tuple[Sink, ...] = (LogAlerts(), *sinks)
@@ -243,6 +244,8 @@ class Monitor:
         findings, failed = self._look(capture, self.reference, self.reference.plan, step)
         for name, error in failed:
             self._count(name, error)
+        if not self._log_text:  # before any rule sees it, whose alerts are told in its words
+            findings = findings.without_text()
         told = [_progress_reading(step, name, value, self._bank) for name, value in progress.items()]
         findings = replace(
             findings,
@@ -251,6 +254,7 @@ class Monitor:
         )
         findings = self._oversight.judge(findings, self._told)
         self._last_step, self._findings = step, findings
+        self._verdict = None  # the one before was on other weights, though it may have been on the same step
         self.readings, self.alerts = list(findings.readings), list(findings.alerts)
         self._hand_on(findings)
         self._act()
@@ -269,8 +273,9 @@ class Monitor:
         if self._findings is None or step != self._last_step:
             self.read(model, step)
         assert self._findings is not None
-        before, self._verdict = self._verdict, self._oversight.verdict(gate, self._findings)
-        if (passes := self._verdict.outcome == "pass") != (before is None or before.outcome == "pass"):
+        self._verdict = self._oversight.verdict(gate, self._findings)
+        if (passes := self._verdict.outcome == "pass") != self._passes:
+            self._passes = passes
             told = "passes the gate again" if passes else f"does not pass the gate ({self._verdict.outcome})"
             logger.warning("step %d: the model %s. %s", step, told, self._verdict.reason)
         self._hand_on(Findings(step=step, verdicts=(self._verdict,)))
@@ -342,9 +347,15 @@ class Monitor:
             for name, error in failed
         ]
         if self._frozen is not None:
+            try:
+                moved = self._frozen.moved(capture.root)
+            except Exception as error:  # noqa: BLE001 - contained like a sensor
+                self._count("frozen weights", error)
+                detail = f"the frozen weights could not be read ({type(error).__name__}: {error})"
+                moved, faults = [], [*faults, Fault(kind="sensor", subject="frozen weights", detail=detail)]
             faults += [
                 Fault(kind="frozen", subject=name, detail=f"the parameter {name} does not train, and has moved")
-                for name in self._frozen.moved(capture.root)
+                for name in moved
             ]
         if differences := reference.context.differences(capture.context()):
             detail = f"the circumstances are not those of the reference ({'; '.join(differences)})"
@@ -384,8 +395,6 @@ class Monitor:
         empty = Findings(step=findings.step, by_probe=findings.by_probe, faults=findings.faults)
         if findings == empty:
             return
-        if not self._log_text:
-            findings = findings.without_text()
         for sink in ((self._record,) if self._record is not None else ()) + self._sinks:
             self._contained(type(sink).__name__, partial(sink.write, findings))
         self._store_state()
@@ -393,7 +402,7 @@ class Monitor:
     def _store_state(self) -> None:
         if self._record is not None:
             record = self._record
-            self._contained("Record", partial(record.write_state, self.state_dict()))
+            self._contained("Record", lambda: record.write_state(self.state_dict()))
 
     def _contained(self, name: str, act: Callable[[], object]) -> bool:
         """Do it, and should it fail, log that once, count it and go on. Tells whether it worked."""
@@ -420,6 +429,7 @@ class Monitor:
             "noise_floor": self._floor,
             "oversight": self._oversight.state_dict(),
             "verdict": None if self._verdict is None else asdict(self._verdict),
+            "gate": self._criteria(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -434,8 +444,13 @@ class Monitor:
         self.failures = dict(state["failures"])
         self._floor = state["noise_floor"]
         self._oversight.load_state_dict(state["oversight"])
-        self._verdict = None if state["verdict"] is None else Verdict(**state["verdict"])
+        # Of another gate it says nothing.
+        is_ours = state["verdict"] is not None and state["gate"] == self._criteria()
+        self._verdict = Verdict(**state["verdict"]) if is_ours else None
         self._resume = True
+
+    def _criteria(self) -> list[str]:
+        return [] if self._oversight.gate is None else [each.name for each in self._oversight.gate.criteria]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `state_dict` to a file, as a whole or not at all, to be put beside a checkpoint."""

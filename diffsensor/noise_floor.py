@@ -21,7 +21,7 @@ def measured_floor(look: Callable[[Plan], Findings], plan: Plan) -> dict[str, fl
     once, again, otherwise = (
         {reading.key: reading.value for reading in look(each).readings} for each in (plan, plan, split_otherwise(plan))
     )
-    unstable = [key for key, value in once.items() if again.get(key, value) != value]
+    unstable = [key for key, value in once.items() if not _is_same(again.get(key, value), value)]
     if unstable:
         logger.warning(
             "The same weights, read twice in the same layout, differ in %d of %d readings, first in %s (%.3g, then "
@@ -33,6 +33,10 @@ def measured_floor(look: Callable[[Plan], Findings], plan: Plan) -> dict[str, fl
     return {
         key: max(abs(other.get(key, math.nan) - value) for other in (otherwise, again)) for key, value in once.items()
     }
+
+
+def _is_same(one: float, other: float) -> bool:
+    return one == other or (math.isnan(one) and math.isnan(other))
 
 
 def with_floor(reading: Reading, floor: Mapping[str, float]) -> Reading:

@@ -78,6 +78,7 @@ class Oversight:
         self._sealed: frozenset[str] = frozenset()
         #: The metrics of evidence that came of sealed readings, and is as sealed as they are.
         self.sealed_evidence: set[str] = set()
+        self._told_last: tuple[int, list[Alert]] = -1, []
         self._pending: dict[str, Any] | None = None
         self._coefficient: float | None = None
 
@@ -166,14 +167,17 @@ class Oversight:
         step = findings.step
         alerts: list[Alert] = []
         states: dict[str, State] = {}
+        open_states: list[State] = []
         evidence: list[Reading] = []
         acted_on = {response.rule.name for response in self._responses}
         for rule in self._rules:
             judgement = self._judged(rule, self._unsealed(findings) if rule.name in acted_on else findings)
             evidence += judgement.evidence
-            if self._sealed and rule.name not in acted_on and self._sealed.intersection(rule.metrics or self._sealed):
-                self.sealed_evidence.update(reading.metric for reading in judgement.evidence)
             states[rule.name] = state_of(judgement)
+            if rule.name not in acted_on and self._sealed.intersection(rule.metrics or self._sealed):
+                self.sealed_evidence.update(reading.metric for reading in judgement.evidence)
+            elif rule.may_stop or states[rule.name] == "breach":  # of one that only warns it is enough that it does not
+                open_states.append(states[rule.name])
             raised = [self._follow(rule, signal, step) for signal in judgement.signals]
             raised.append(self._follow_unknown(rule, judgement, step))
             alerts += (alert for alert in raised if alert is not None)
@@ -182,10 +186,16 @@ class Oversight:
                 self._said[rule.name] = asdict(_alert(rule, breach, step, track))  # what an action is told
         coefficient: float | None = None
         if self.budget is not None:
-            coefficient, reading = self._steered(self.budget, findings)
-            evidence.append(reading)
+            coefficient, steered = self._steered(self.budget, self._unsealed(findings))
+            evidence += steered
         alerts = [replace(alert, is_repeat=(alert.rule, alert.subject, step) in told) for alert in alerts]
         self._said |= {alert.rule: asdict(alert) for alert in alerts if alert.subject == UNJUDGED}
+        if step == self._told_last[0]:
+            # This look takes the place of the one before on record, where what that one told is to stay.
+            known = {(alert.rule, alert.subject) for alert in alerts}
+            kept = [alert for alert in self._told_last[1] if (alert.rule, alert.subject) not in known]
+            alerts = [*(replace(alert, is_repeat=True) for alert in kept), *alerts]
+        self._told_last = step, alerts
         findings = replace(findings, readings=(*findings.readings, *evidence), alerts=tuple(alerts))
         if self._responses or self.budget is not None:
             self._pending = {
@@ -193,7 +203,7 @@ class Oversight:
                 "states": {response.rule.name: states[response.rule.name] for response in self._responses},
                 "alerted": sorted({alert.rule for alert in alerts}),
                 "coefficient": coefficient,
-                "passed": self._has_passed(findings, states),
+                "passed": self._has_passed(findings, open_states),
                 "rolled_back": False,
             }
         return findings
@@ -202,9 +212,10 @@ class Oversight:
         """What may drive an action."""
         if not self._sealed:
             return findings
+        sealed = self._sealed | self.sealed_evidence
         return replace(
             findings,
-            readings=tuple(reading for reading in findings.readings if reading.metric not in self._sealed),
+            readings=tuple(reading for reading in findings.readings if reading.metric not in sealed),
             by_probe={name: values for name, values in findings.by_probe.items() if name not in self._sealed},
             token_shifts=(),
             tensors={},
@@ -220,14 +231,21 @@ class Oversight:
 
     def _judged(self, rule: Rule, findings: Findings) -> Judgement:
         try:
-            return rule.update(findings)
+            judgement = rule.update(findings)
+            if not isinstance(judgement, Judgement):
+                raise TypeError(f"it returned {judgement!r}, expected a Judgement")
+            return judgement
         except Exception as error:  # noqa: BLE001 - a broken rule is contained like a broken sensor
             self._contain(f"rule {rule.name!r}", error)
             return Judgement(signals=(Signal(subject="", state="unknown", what="the rule failed"),))
 
-    def _steered(self, budget: Budget, findings: Findings) -> tuple[float | None, Reading]:
-        coefficient = budget.update(findings)
-        return coefficient, budget.evidence(findings.step)
+    def _steered(self, budget: Budget, findings: Findings) -> tuple[float | None, list[Reading]]:
+        try:
+            coefficient = budget.update(findings)
+            return coefficient, [budget.evidence(findings.step)]
+        except Exception as error:  # noqa: BLE001 - a broken budget leaves the coefficient as it is
+            self._contain(BUDGET, error)
+            return None, []
 
     def _follow(self, rule: Rule, signal: Signal, step: int) -> Alert | None:
         """The alert on a breach, once; later where the cool-down of the last one is still on."""
@@ -268,11 +286,10 @@ class Oversight:
             first_step=track.since,
         )
 
-    def _has_passed(self, findings: Findings, states: Mapping[str, State]) -> bool:
+    def _has_passed(self, findings: Findings, states: Collection[State]) -> bool:
         if self.gate is not None:
             return self.verdict(self.gate, findings).outcome == "pass"
-        good = {rule.name: {"quiet"} if rule.may_stop else {"quiet", "unknown"} for rule in self._rules}
-        return not findings.faults and all(state in good[name] for name, state in states.items())
+        return not findings.faults and all(state == "quiet" for state in states)
 
     def act(self, controller: Controller | None, told: Callable[[ActionTaken], None]) -> None:
         """Ask the run for what the last look calls for. Each request is `told` with what became of it.
@@ -282,7 +299,9 @@ class Oversight:
         if self._pending is None:
             return
         pending, step = self._pending, self._pending["step"]
-        responses = {response.rule.name: response for response in self._responses}
+        responses = {
+            response.rule.name: response for response in self._responses if response.rule.name in pending["states"]
+        }
         if "todo" not in pending:
             pending["todo"] = [
                 [name, response.actions.index(action)]
@@ -361,7 +380,8 @@ class Oversight:
             "unknown": {name: asdict(track) for name, track in self._unknown.items()},
             "said": dict(self._said),
             "coefficient": self._coefficient,
-            "pending": self._pending,
+            "told_last": {"step": self._told_last[0], "alerts": [asdict(alert) for alert in self._told_last[1]]},
+            "pending": copy.deepcopy(self._pending),  # what is done of it later is not undone here
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -384,9 +404,12 @@ class Oversight:
         if self.budget is not None and state["budget"] is not None:
             self.budget.load_state_dict(state["budget"])
         self._said = {name: kept for name, kept in state["said"].items() if name in names}
-        pending = state["pending"]
-        known = pending is None or pending["states"].keys() == {response.rule.name for response in self._responses}
-        self._pending = pending if known else None
+        told = state["told_last"]
+        self._told_last = told["step"], [Alert(**alert) for alert in told["alerts"] if alert["rule"] in names]
+        self._pending = copy.deepcopy(state["pending"])
+        if self._pending is not None and "todo" in self._pending:
+            known = {response.rule.name for response in self._responses}
+            self._pending["todo"] = [each for each in self._pending["todo"] if each[0] in known]
 
 
 @dataclass(slots=True, kw_only=True)

@@ -43,3 +43,13 @@ def test_a_parameter_that_is_unfrozen_is_no_longer_watched_not_even_when_it_free
         model[0].weight.add_(1)
     model[0].requires_grad_(False)
     assert watched.moved(model) == []
+
+
+def test_a_parameter_that_trained_at_first_or_is_gone_is_not_watched() -> None:
+    model = half_frozen()
+    watched = FrozenWeights(model)
+    model[1].requires_grad_(False)
+    with torch.no_grad():
+        model[1].weight.add_(1)
+    model[0].bias = None
+    assert watched.moved(model) == []

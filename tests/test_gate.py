@@ -50,6 +50,9 @@ def test_others_that_are_not_met_either_are_named() -> None:
     gate = Gate(Fixed("fail", "one"), Fixed("pass", "two"), Fixed("fail", "three"))
     assert gate.verdict(Findings(step=3)).reason == "one says so. So with three."
     assert gate.metrics == {"one", "two", "three"}
+    for outcomes in (("pass", "pass"), ("fail", "unknown")):
+        gate = Gate(*(Fixed(outcome, name) for outcome, name in zip(outcomes, ("one", "two"), strict=True)))
+        assert gate.verdict(Findings(step=3)).reason == "one says so."
 
 
 def test_criteria_are_checked() -> None:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from diffsensor import Findings, MetricInfo, Monitor, ProbeSet, Reading, Reference, every, log_spaced, read_record
 from diffsensor.errors import ConfigError, CorruptFileError, ReferenceMismatchError, StorageError
+from diffsensor.rules import Own
 from diffsensor.sensors import Activations, Outputs
 from diffsensor.types import Piece
 from tiny import Kept, Letters, Text, frozen_head, llama, own_model, probe_set, texts
+from tiny_rules import Scripted
 
 
 class Counting:
@@ -162,6 +164,38 @@ def test_a_sink_that_fails_keeps_no_other_from_its_findings(tmp_path: Path, capl
     assert {reading.step for reading in read_record(tmp_path / "record").readings} == {0, 1}
     assert caplog.text.count("no more room") >= 1
     assert len([record for record in caplog.records if record.levelno >= logging.ERROR]) == 1
+
+
+@pytest.mark.parametrize("state", [ZeroDivisionError("by hand"), {"vector": torch.zeros(1)}], ids=["raises", "no JSON"])
+def test_a_rule_whose_state_cannot_be_kept_does_not_end_the_run(
+    state: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stateful(Scripted):
+        def state_dict(self) -> dict[str, Any]:
+            if isinstance(state, Exception):
+                raise state
+            return state
+
+    model = llama()
+    options = {"cache_dir": tmp_path / "cache", "record": tmp_path / "record"}
+    with Monitor(probe_set(), **options, rules=[Stateful("quiet", "quiet")]) as monitor:
+        monitor.read(model, 0)
+        monitor.read(model, 1)
+    assert monitor.failures == {"Record": 2}
+    assert "Record failed" in caplog.text
+    assert {reading.step for reading in read_record(tmp_path / "record").readings} == {0, 1}
+
+
+def test_a_look_that_found_nothing_but_faults_is_handed_to_no_sink(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, model = Kept(), llama()
+    monitor = Monitor(probe_set(), cache_dir=tmp_path, sinks=[kept], rules=[])
+    monitor.attach(model)
+    monkeypatch.setattr(model, "forward", lambda **_: 1 / 0)
+    assert monitor.read(model, 0) == []
+    assert monitor.failures == {"forward pass": 1}
+    assert kept.findings == []
 
 
 def test_a_forward_pass_that_fails_gives_no_readings_and_the_run_goes_on(
@@ -428,6 +462,21 @@ def test_nothing_of_the_texts_reaches_a_sink_that_is_not_to_see_them(tmp_path: P
         assert ("SECRET" in repr(kept.findings)) == log_text
         assert b"the secret text" not in stored
         assert b'"token_id"' in stored
+
+
+def test_alerts_are_not_told_in_words_of_the_texts_either(tmp_path: Path) -> None:
+    probes = ProbeSet.from_texts(["the secret text", "another of them"], Letters())
+    kept, model = Kept(), llama()
+
+    def says(findings: Findings) -> str | None:
+        return f"it prefers {findings.token_shifts[0].token!r}" if findings.token_shifts else None
+
+    monitor = Monitor(probes, cache_dir=tmp_path, sinks=[kept], log_text=False, rules=[Own(says)])
+    monitor.read(model, 0)
+    train_a_little(model, 0)
+    monitor.read(model, 1)
+    assert kept.findings[1].alerts
+    assert "SECRET" not in repr(kept.findings)
 
 
 def test_sensors_are_named_or_given(tmp_path: Path) -> None:

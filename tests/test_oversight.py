@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,15 +23,21 @@ from diffsensor.actions import (
 from diffsensor.errors import ConfigError
 from diffsensor.gate import Gate
 from diffsensor.oversight import Oversight
+from diffsensor.protocols import Controller
 from diffsensor.rules import Limit
 from diffsensor.types import (
     ActionTaken,
     Alert,
+    Fault,
     Findings,
     Judgement,
     MetricInfo,
+    Reading,
     Scope,
+    Signal,
     State,
+    TokenShift,
+    Verdict,
 )
 from tiny_rules import Run, Scripted, reading
 
@@ -59,6 +67,13 @@ def look(
     taken: list[ActionTaken] = []
     watching.act(run, taken.append)
     return list(found.alerts), taken
+
+
+def shift() -> TokenShift:
+    return TokenShift(
+        step=0, ranked_by="mass_moved", prefers="live", rank=0, token_id=1, token="token", mass_moved=0.1,
+        mass_moved_stderr=0.1, logit_difference=0.1, probe="0", position=0, context="context",
+    )  # fmt: skip
 
 
 def alerts(watching: Oversight, num: int) -> list[Alert]:
@@ -115,6 +130,53 @@ def test_a_rule_that_raises_is_contained_and_told_of() -> None:
     assert [(alert.rule, alert.subject) for alert in told] == [("scripted", "unjudged"), ("other", "it")]
 
 
+def test_a_rule_that_returns_no_judgement_is_contained(unchecked: None) -> None:
+    class Forgets(Scripted):
+        def update(self, findings: Findings) -> Judgement:
+            return None
+
+    errors: list[str] = []
+    assert alerts(oversight(Forgets(), errors=errors), 1) == []
+    assert errors == ["rule 'scripted'"]
+
+
+class Says(Scripted):
+    """A rule that gives the same signals at each look."""
+
+    def __init__(self, *signals: Signal) -> None:
+        super().__init__()
+        self.signals = signals
+
+    def update(self, findings: Findings) -> Judgement:
+        return Judgement(signals=self.signals)
+
+
+def test_an_alert_has_the_reading_that_decided_and_the_step_at_which_the_breach_began() -> None:
+    decided = replace(reading(5, value=0.4), stderr=0.02)
+    rule = Says(
+        Signal(subject="read", state="breach", what="kl is 0.4", since=0, reading=decided, threshold=0.3),
+        Signal(subject="bare", state="breach"),
+    )
+    told, bare = oversight(rule).judge(findings(5)).alerts
+    assert (told.value, told.stderr, told.threshold, told.unit) == (0.4, 0.02, 0.3, "nats/token")
+    assert (told.first_step, told.message) == (0, "kl is 0.4, since step 0.")
+    assert (bare.first_step, bare.message) == (5, "bare breaks the rule 'scripted', since step 5.")
+    assert math.isnan(bare.value)
+
+
+def test_what_was_withheld_is_counted_from_the_last_alert_on() -> None:
+    rule = Scripted(*["breach", "quiet"] * 6, cooldown=2)
+    told = alerts(oversight(rule), 12)
+    assert [(alert.step, alert.suppressed) for alert in told] == [(0, 0), (40, 1), (80, 1)]
+
+
+def test_a_rule_without_a_response_that_cannot_tell_is_a_warning_and_says_what_could_not() -> None:
+    rule = Says(Signal(subject="a", state="unknown", what=""), Signal(subject="b", state="unknown", what="no b"))
+    (told,) = alerts(oversight(rule), 3)
+    assert told.severity == "warning"
+    assert "cannot be judged (no b), since step 0" in told.message
+
+
 def test_evidence_becomes_readings() -> None:
     found = oversight(Scripted("quiet")).judge(findings(5))
     assert [each.metric for each in found.readings] == ["kl_ref_live", "evidence"]
@@ -141,6 +203,46 @@ def test_actions_come_at_the_alert_in_order_and_are_told_with_what_became_of_the
     ]
     assert taken[1].detail == "No scale now."
     assert run.asked == ["stop"]
+
+
+class Notes:
+    """An action that notes the alert it is told."""
+
+    name, needs, at_most = "notes", None, None
+
+    def __init__(self) -> None:
+        self.alerts: list[Alert] = []
+
+    def __call__(self, alert: Alert, controller: Controller) -> str:
+        self.alerts.append(alert)
+        return "noted"
+
+
+def test_an_action_is_told_the_alert_it_answers_also_in_a_run_that_goes_on() -> None:
+    notes = Notes()
+    watching = oversight(Response(Scripted("breach", "breach"), notes, Log(), patience=1))
+    (told,), _ = look(watching, step=3)
+    assert notes.alerts == [told]
+    second = Notes()
+    again = oversight(Response(Scripted("breach", "breach"), Log(), second, patience=1))
+    first = oversight(Response(Scripted("breach", "breach"), Log(), Notes(), patience=1))
+    look(first, step=3)
+    again.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    look(again, step=4)
+    assert repr(second.alerts) == repr([replace(told, step=4)])
+
+
+def test_a_breach_that_was_on_record_before_is_acted_on_again() -> None:
+    """The run went on from an older checkpoint, in which nothing of it was done."""
+    watching, run = oversight(Response(Scripted("breach"), Stop())), Run()
+    watching.judge(findings(5), told={("scripted", "it", 5)})
+    watching.act(run, lambda taken: None)
+    assert run.asked == ["stop"]
+
+
+def test_without_a_controller_an_action_is_refused() -> None:
+    taken = look(oversight(Response(Scripted("breach"), Stop())))[1]
+    assert [(each.outcome, each.detail) for each in taken] == [("refused", "There is no controller.")]
 
 
 def test_an_action_that_fails_is_contained_and_the_next_one_comes_all_the_same() -> None:
@@ -257,6 +359,41 @@ def test_a_rule_that_only_warns_and_cannot_tell_does_not_keep_a_copy_from_being_
         assert run.asked == kept
 
 
+def test_what_was_read_with_a_fault_or_is_rolled_back_is_not_kept() -> None:
+    run = Run()
+    watching = oversight(Response(Scripted("quiet"), Rollback()))
+    watching.judge(replace(findings(0), faults=(Fault(kind="frozen", subject="w", detail="w has moved"),)))
+    watching.act(run, lambda taken: None)
+    assert run.asked == []
+    run = Run()
+    gate = Gate(Limit("kl_ref_live", above=0.2))  # it passes, and the rule does not
+    watching = oversight(Response(Scripted("breach"), Rollback(), ScaleLearningRate(0.5)), gate=gate)
+    look(watching, run)
+    assert run.asked == ["rollback", ("scale", 0.5)]
+
+
+def test_a_copy_that_cannot_be_kept_is_contained() -> None:
+    errors: list[str] = []
+    watching = oversight(Response(Scripted("quiet", "quiet"), Rollback()), errors=errors)
+    look(watching, Run(fail=["keep"]))
+    assert errors == ["keeping a copy to roll back to"]
+    assert not watching.has_to_act
+
+
+def test_with_a_gate_that_fails_nothing_passes() -> None:
+    class Fails(Scripted):
+        def verdict(self, findings: Findings) -> Verdict:
+            raise ZeroDivisionError
+
+    errors: list[str] = []
+    run, gate = Run(), Gate(Fails())
+    watching = oversight(Response(Scripted("quiet"), Rollback()), gate=gate, errors=errors)
+    look(watching, run)
+    assert run.asked == []
+    assert watching.verdict(gate, findings(3)).outcome == "unknown"
+    assert errors == ["gate"] * 2
+
+
 def test_with_a_gate_only_what_it_passes_is_kept() -> None:
     run = Run()
     gate = Gate(Limit("kl_ref_live", above=0.2))
@@ -293,6 +430,76 @@ def test_a_budget_moves_the_coefficient_and_each_move_is_told() -> None:
     again.load_state_dict(json.loads(json.dumps(watching.state_dict())))
     again.begin(later)
     assert later.coefficient == run.coefficient
+
+
+def test_a_move_of_the_coefficient_that_is_refused_or_fails_is_told() -> None:
+    failed = ["action set_kl_coefficient(1.5)"]
+    for how, outcome, contained in (("refuse", "refused", []), ("fail", "failed", failed)):
+        errors: list[str] = []
+        watching = oversight(budget=DriftBudget(0.2), errors=errors)
+        taken = look(watching, Run(**{how: ["set"]}), value=0.4)[1]
+        assert [each.outcome for each in taken] == [outcome]
+        assert errors == contained
+
+
+class Steers:
+    """A budget that looks at everything, and fails where it is told to."""
+
+    metrics, coefficient = frozenset[str](), 1.0
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.seen = error, list[str]()
+
+    def check(self, scope: Scope) -> None: ...
+
+    def update(self, findings: Findings) -> float | None:
+        if self.error is not None:
+            raise self.error
+        self.seen += [reading.metric for reading in findings.readings]
+        return None
+
+    def evidence(self, step: int) -> Reading:
+        return reading(step, "coefficient")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+def test_a_budget_that_fails_leaves_the_coefficient_as_it_is() -> None:
+    errors: list[str] = []
+    run = Run()
+    told, taken = look(oversight(Scripted("breach"), budget=Steers(ZeroDivisionError()), errors=errors), run)
+    assert (len(told), taken, run.asked, errors) == (1, [], [], ["drift budget"])
+
+
+def test_a_budget_that_looks_at_everything_is_not_shown_what_is_sealed() -> None:
+    secret = MetricInfo(name="secret", unit="", low=0, high=1, direction="", estimator="", sealed=True)
+    watching = oversight(budget=Steers())
+    watching.refuse_sealed({"secret": secret, "kl_ref_live": KL}, bank_is_sealed=False)
+    watching.judge(Findings(step=0, readings=(reading(0), reading(0, "secret"))))
+    assert watching.budget.seen == ["kl_ref_live"]
+
+
+def test_a_gate_and_a_budget_may_serve_several_monitors() -> None:
+    gate, budget = Gate(Limit("kl_ref_live", above=0.2)), DriftBudget(0.2)
+    watching = oversight(gate=gate, budget=budget)
+    assert watching.gate is not gate
+    look(watching, Run(), value=0.4)
+    assert budget.coefficient == DriftBudget(0.2).coefficient
+
+
+def test_an_action_is_not_copied_as_it_may_be_bound_to_anything() -> None:
+    notes = Notes()
+    look(oversight(Response(Scripted("breach"), notes)))
+    assert len(notes.alerts) == 1
+
+
+def test_weights_that_do_not_train_are_looked_at_where_a_rule_or_a_gate_would_notice() -> None:
+    assert oversight(Scripted()).looks_at_faults
+    assert oversight(gate=Gate(Limit("kl_ref_live", above=0.2))).looks_at_faults
+    assert not oversight(budget=DriftBudget(0.2)).looks_at_faults
 
 
 def test_the_same_rule_may_serve_several_monitors() -> None:
@@ -346,6 +553,8 @@ def test_every_rule_and_criterion_is_checked_against_what_will_be_read() -> None
     assert [rule.checked for rule in watching.rules] == [[scope()]] * 2
     with pytest.raises(ConfigError, match="kl_ref_liv"):
         oversight(gate=Gate(Limit("kl_ref_liv", above=1))).check(scope(), None)
+    with pytest.raises(ConfigError, match="kl_ref_liv"):
+        oversight(budget=DriftBudget(0.2, metric="kl_ref_liv")).check(scope(), Run())
 
 
 @pytest.mark.parametrize("bank_is_sealed", [True, False])
@@ -369,13 +578,45 @@ def test_what_looks_at_everything_and_may_act_is_not_shown_what_is_sealed() -> N
     class Looks(Scripted):
         def update(self, findings: Findings) -> Judgement:
             seen.append([reading.metric for reading in findings.readings] + list(findings.by_probe))
-            return Judgement()
+            seen[-1] += [*findings.tensors, *(shift.token for shift in findings.token_shifts)]
+            return Judgement(evidence=(reading(findings.step, f"{self.name}_evidence"),))
+
+        def verdict(self, findings: Findings) -> Verdict:
+            self.update(findings)
+            return Verdict(step=findings.step, outcome="pass", reason="By hand.")
 
     secret = MetricInfo(name="secret", unit="", low=0, high=1, direction="", estimator="", sealed=True)
-    watching = oversight(Looks(name="alone"), Response(Looks(name="acts"), Log()), gate=Gate(Limit("kl", above=1)))
+    gate = Gate(Looks(name="gate"))
+    watching = oversight(Looks(name="alone"), Response(Looks(name="acts"), Log()), gate=gate)
     watching.refuse_sealed({"secret": secret}, bank_is_sealed=False)
-    watching.judge(Findings(step=0, readings=(reading(0), reading(0, "secret")), by_probe={"secret": torch.zeros(1)}))
-    assert seen == [["kl_ref_live", "secret", "secret"], ["kl_ref_live"]]
+    found = Findings(
+        step=0,
+        readings=(reading(0), reading(0, "secret")),
+        by_probe={"secret": torch.zeros(1)},
+        tensors={"vector": torch.zeros(1)},
+        token_shifts=(shift(),),
+    )
+    watching.judge(found)
+    assert seen == [
+        ["kl_ref_live", "secret", "secret", "vector", "token"],
+        ["kl_ref_live"],
+        ["kl_ref_live", "acts_evidence"],
+    ]
+    assert watching.sealed_evidence == {"alone_evidence"}
+    watching.verdict(gate, found)
+    assert seen[3] == ["kl_ref_live"]
+
+
+def test_what_is_sealed_does_not_decide_what_is_kept_for_a_rollback() -> None:
+    secret = MetricInfo(name="secret", unit="", low=0, high=1, direction="", estimator="", sealed=True)
+    asked = []
+    for state in ("quiet", "breach"):
+        run, watcher = Run(), Scripted(state, name="watches", metrics=["secret"])
+        watching = oversight(Response(Scripted("quiet", metrics=["kl_ref_live"]), Rollback()), watcher)
+        watching.refuse_sealed({"secret": secret, "kl_ref_live": KL}, bank_is_sealed=False)
+        look(watching, run)
+        asked.append(run.asked)
+    assert asked == [[("keep", 0)]] * 2
 
 
 def test_evidence_of_what_is_sealed_is_sealed_too() -> None:
@@ -426,4 +667,107 @@ def test_a_rule_that_is_new_or_gone_is_named_when_a_run_goes_on(caplog: pytest.L
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert "did not have the rules new: they begin now" in caplog.text
     assert "had the rules old, which are not given any more" in caplog.text
-    assert [alert.rule for alert in alerts(second, 1)] == ["new"]  # of the other one it was told before
+    assert [alert.rule for alert in look(second, step=10)[0]] == ["new"]  # of the other one it was told before
+    third = oversight(Scripted(*["breach"] * 2, name="both"))
+    third.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert [(alert.rule, alert.is_repeat) for alert in look(third, step=0)[0]] == [("both", True)]
+
+
+def test_a_budget_goes_on_where_it_was_and_begins_anew_where_there_was_none() -> None:
+    values = [0.4, 0.4, 0.3, 0.1, 0.1]
+
+    def coefficients(watching: Oversight, values: list[float]) -> list[float]:
+        return [watching.judge(findings(step, value)).readings[-1].value for step, value in enumerate(values)]
+
+    whole = coefficients(oversight(budget=DriftBudget(0.2)), values)
+    first, second = oversight(budget=DriftBudget(0.2)), oversight(budget=DriftBudget(0.2))
+    coefficients(first, values[:2])
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert coefficients(second, values[2:]) == whole[2:]
+    fresh = oversight(budget=DriftBudget(0.2))
+    fresh.load_state_dict(oversight().state_dict())
+    assert coefficients(fresh, values) == whole
+
+
+def test_a_move_of_the_coefficient_that_was_told_is_not_made_again() -> None:
+    watching, run, saved = oversight(budget=DriftBudget(0.2)), Run(), list[dict[str, Any]]()
+    watching.judge(findings(0, value=0.4))
+    watching.act(run, lambda taken: saved.append(json.loads(json.dumps(watching.state_dict()))))
+    again, later = oversight(budget=DriftBudget(0.2)), Run()
+    again.load_state_dict(saved[0])
+    again.act(later, lambda taken: None)
+    assert (run.asked, later.asked) == ([("set", 1.5)], [])
+
+
+def test_a_coefficient_that_an_action_set_outlasts_that_of_the_budget_when_a_run_goes_on() -> None:
+    first, run = oversight(Response(Scripted("breach"), SetKLCoefficient(7)), budget=DriftBudget(0.2)), Run()
+    first.begin(run)
+    first.judge(Findings(step=0))  # nothing read, so the budget leaves it
+    first.act(run, lambda taken: None)
+    second, later = oversight(Response(Scripted("breach"), SetKLCoefficient(7)), budget=DriftBudget(0.2)), Run()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    second.begin(later)
+    assert later.coefficient == 7
+
+
+def test_what_is_to_be_done_is_done_though_another_response_is_new_or_gone() -> None:
+    first = oversight(Response(Scripted("breach"), Stop()), Response(Scripted("breach", name="gone"), Log()))
+    first.judge(findings(0))
+    second = oversight(Response(Scripted("breach"), Stop()), Response(Scripted(name="new"), SaveCheckpoint()))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    run = Run()
+    second.act(run, lambda taken: None)
+    assert run.asked == ["stop"]
+
+
+def test_a_list_of_what_is_left_to_do_loses_what_is_gone() -> None:
+    def make(*names: str) -> Oversight:
+        return oversight(*(Response(Scripted("breach", name=name), SaveCheckpoint(), Log()) for name in names))
+
+    saved: list[dict[str, Any]] = []
+
+    class Saves(Run):
+        def save_checkpoint(self, reason: str) -> str:
+            saved.append(json.loads(json.dumps(watching.state_dict())))
+            return super().save_checkpoint(reason)
+
+    watching = make("one", "two")
+    look(watching, Saves())
+    again, later, taken = make("one"), Run(), list[ActionTaken]()
+    again.load_state_dict(saved[0])
+    again.act(later, taken.append)
+    assert [(each.rule, each.action) for each in taken] == [("one", "log(warning)")]
+
+
+def test_a_state_stays_as_it_was_taken_and_may_be_gone_on_with_twice() -> None:
+    def make() -> Oversight:
+        return oversight(Response(Scripted("breach"), ScaleLearningRate(0.5), Stop()))
+
+    first = make()
+    first.judge(findings(0))
+    state = first.state_dict()
+    for watching in (first, make(), make()):
+        if watching is not first:
+            watching.load_state_dict(state)
+        run = Run()
+        watching.act(run, lambda taken: None)
+        assert run.asked == [("scale", 0.5), "stop"]
+
+
+def test_what_a_step_told_stands_when_it_is_read_again() -> None:
+    """On record the second look takes the place of the first, so it has to tell what that one told."""
+    rules = Scripted("breach", "breach"), Scripted("quiet", "breach", name="other")
+    for is_resumed in (True, False):
+        watching = oversight(*rules)
+        look(watching, step=5)
+        if is_resumed:
+            state = json.loads(json.dumps(watching.state_dict()))
+            watching = oversight(*rules)
+            watching.load_state_dict(state)
+        told = look(watching, step=5)[0]
+        assert [(alert.rule, alert.step, alert.is_repeat) for alert in told] == [
+            ("scripted", 5, True),
+            ("other", 5, False),
+        ]
+    watching = oversight(Scripted("breach", "quiet", "breach"))
+    assert [len(look(watching, step=5)[0]) for _ in range(3)] == [1, 1, 1]

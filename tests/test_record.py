@@ -746,7 +746,8 @@ def test_what_people_and_runs_act_on_is_forced_to_the_disk(tmp_path: Path, monke
         assert forced == []
         record.write(Findings(step=1, readings=(reading(1),), alerts=(alert(1),)))
         record.write(Findings(step=1, actions=(action(1),)))
-        assert forced == ["alerts.jsonl", "actions.jsonl"]
+        record.write(Findings(step=1, verdicts=(Verdict(step=1, outcome="fail", reason="By hand."),)))
+        assert forced == ["alerts.jsonl", "actions.jsonl", "verdicts.jsonl"]
 
 
 @pytest.mark.parametrize("name", ["alerts.jsonl", "actions.jsonl"])

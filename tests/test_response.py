@@ -1,5 +1,6 @@
 """Which actions a response asks for, when; how it fails closed, goes on after a resume, and what it refuses."""
 
+import copy
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -224,3 +225,12 @@ def test_a_rule_that_only_warns_neither_stops_nor_turns_back_a_run(action: Any) 
 def test_a_response_says_what_the_run_must_be_able_to_do() -> None:
     assert isinstance(Told(), Rule)
     assert Response(Told(), Log(), HALVE, Stop(), patience=1).needs == {"scale_learning_rate", "stop"}
+
+
+def test_a_copy_goes_on_by_itself_with_the_same_actions() -> None:
+    response = Response(Told(), HALVE, Stop(), patience=2)
+    assert asked(response, "!x") == ["sc", ""]
+    copied = copy.deepcopy(response)
+    assert copied.rule is not response.rule
+    assert all(one is other for one, other in zip(copied.actions, response.actions, strict=True))
+    assert asked(copied, "x", first=2) == asked(response, "x", first=2) == ["st"]

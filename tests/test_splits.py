@@ -1,5 +1,7 @@
 """The same positions in batches of another size: what the noise floor is measured with."""
 
+from dataclasses import replace
+
 import torch
 
 from diffsensor import ProbeSet
@@ -49,6 +51,13 @@ def test_inputs_that_are_no_text_are_split_too() -> None:
     assert torch.equal(torch.cat([batch.args[0][batch.index] for batch in other.batches]), inputs)
 
 
+def test_rows_of_which_nothing_counts_are_not_run() -> None:
+    plan = ProbeSet.from_tensors((torch.arange(8.0).reshape(4, 2),)).plan(packed=False)
+    (batch,) = plan.batches
+    plan = replace(plan, batches=(replace(batch, index=batch.index[:2]),))
+    assert [batch.index.tolist() for batch in split_otherwise(plan).batches] == [[0, 1]]
+
+
 def test_another_split_gives_the_same_hidden_states_but_for_rounding() -> None:
     capture = Capture(llama(), ())
     plan = probe_set(texts(num=30, longest=25)).plan(packed=True)
@@ -65,3 +74,10 @@ def test_a_changed_token_or_position_changes_the_checksum() -> None:
     assert checksum_of(probe_set().plan(packed=True)) == before
     plan.batches[0].inputs["input_ids"][0, 0] += 1
     assert checksum_of(plan) != before
+    plan = probe_set(texts(num=30)).plan(packed=False, batch_tokens=60)
+    before = checksum_of(plan)
+    plan.batches[-1].index[0] -= 1
+    assert checksum_of(plan) != before
+    inputs = torch.arange(6.0).reshape(3, 2)
+    before, inputs[2, 1] = checksum_of(ProbeSet.from_tensors((inputs,)).plan(packed=False)), 0
+    assert checksum_of(ProbeSet.from_tensors((inputs,)).plan(packed=False)) != before

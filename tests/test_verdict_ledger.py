@@ -31,6 +31,15 @@ def test_what_was_added_is_there_when_the_file_is_opened_again(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["verdicts.json"]
 
 
+def test_the_place_of_what_passed_last_is_kept_at_once(tmp_path: Path) -> None:
+    ledger = VerdictLedger(tmp_path / "verdicts.json")
+    before = ledger.verdicts
+    ledger.add("checkpoint-1", verdict(1))
+    ledger.set_last_passed("last-passed/checkpoint-1")
+    assert VerdictLedger(ledger.path).last_passed == "last-passed/checkpoint-1"
+    assert before == {}
+
+
 @pytest.mark.parametrize("harm", [lambda raw: raw.replace(b"fail", b"pass"), lambda raw: raw[: len(raw) // 2]])
 def test_a_changed_ledger_is_refused(harm: object, tmp_path: Path) -> None:
     ledger = VerdictLedger(tmp_path / "verdicts.json")

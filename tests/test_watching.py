@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from diffsensor import DriftBudget, Monitor, Reading, every, read_record
-from diffsensor.actions import Log, Response, ScaleLearningRate, Stop
+from diffsensor.actions import Log, Response, SaveCheckpoint, ScaleLearningRate, Stop
 from diffsensor.control import LoopController
 from diffsensor.errors import ConfigError
 from diffsensor.gate import Gate
 from diffsensor.rules import ChangePoint, Invariant, Limit
 from diffsensor.sensors import Outputs, Sealed
 from diffsensor.sinks import LogAlerts
+from diffsensor.storage.checked_json import read_json
 from diffsensor.types import Findings
 from tiny import HEADS, Kept, frozen_head, llama, probe_set, texts
+from tiny_rules import Scripted
 
 
 def drift(model: nn.Module, size: float = 0.02, seed: int = 1) -> None:
@@ -109,18 +111,17 @@ def test_a_model_that_is_not_deterministic_is_told_of_and_raises_the_floor(
 
 
 def test_the_floor_can_be_left_out_and_is_kept_over_a_resume(tmp_path: Path) -> None:
-    model, probes = llama(), probe_set()
+    model, probes = Shaky(each_row=1e-4), probe_set()
     with Monitor(probes, cache_dir=tmp_path, noise_floor=False) as monitor:
         assert all(math.isnan(reading.noise_floor) for reading in monitor.read(model, 0))
     with Monitor(probes, cache_dir=tmp_path) as monitor:
         before = {reading.key: reading.noise_floor for reading in monitor.read(model, 0)}
         state = monitor.state_dict()
+    assert before["diffsensor/nll_change"] > 1e-6
     drift(model, 1.0)  # measured now, it would be another one
     monitor = Monitor(probes, cache_dir=tmp_path)
     monitor.load_state_dict(state)
-    assert {reading.key: reading.noise_floor for reading in monitor.read(model, 1)} == pytest.approx(
-        before, nan_ok=True
-    )
+    assert {reading.key: reading.noise_floor for reading in monitor.read(model, 1)} == before
 
 
 # Faults
@@ -143,6 +144,34 @@ def test_a_frozen_parameter_that_moves_is_alerted_at_once_by_default(tmp_path: P
     (message,) = told(monitor)
     assert "lm_head.weight" in message
     assert monitor.alerts[0].severity == "critical"
+
+
+def test_a_frozen_parameter_that_moved_while_the_monitor_was_closed_is_alerted(tmp_path: Path) -> None:
+    model = frozen_head()
+    monitor = Monitor(probe_set(), cache_dir=tmp_path / "cache", record=tmp_path / "record")
+    monitor.read(model, 0)
+    monitor.close()
+    model.get_output_embeddings().weight.data[3, 3] += 1e-3
+    with monitor:
+        monitor.read(model, 1)
+    (message,) = told(monitor)
+    assert "lm_head.weight" in message
+    monitor = Monitor(probe_set(), cache_dir=tmp_path / "cache", rules=[])
+    monitor.attach(model)
+    assert monitor._frozen is None  # nothing would notice, so its price is not paid
+
+
+def test_frozen_weights_that_cannot_be_read_are_alerted_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = frozen_head()
+    monitor = Monitor(probe_set(), cache_dir=tmp_path)
+    monitor.read(model, 0)
+    monkeypatch.setattr(monitor._frozen, "moved", lambda model: 1 / 0)
+    assert monitor.read(model, 1)
+    (message,) = told(monitor)
+    assert "the frozen weights could not be read (ZeroDivisionError: division by zero)" in message
+    assert monitor.failures == {"frozen weights": 1}
 
 
 def test_a_reading_that_is_no_number_is_alerted(tmp_path: Path) -> None:
@@ -237,6 +266,7 @@ def test_an_alert_is_on_record_before_its_action_and_the_action_with_its_outcome
         assert run.optimizer.param_groups[0]["lr"] == 0.5
     assert seen[:2] == [(0, 1.0), (1, 1.0)]  # the second look: its alert is written, nothing is done yet
     found = read_record(tmp_path / "record")
+    assert found.manifest["rules"] == ["kl_ref_live above 0.02, for_=1", "invariant"]
     assert [(alert.step, alert.subject) for alert in found.alerts] == [(1, "diffsensor/kl_ref_live")]
     assert [(taken.action, taken.outcome) for taken in found.actions] == [
         ("scale_learning_rate(0.5)", "done"),
@@ -285,6 +315,62 @@ def test_alerts_of_a_step_that_is_read_again_are_marked_as_repeats(tmp_path: Pat
         drift(run.model, 0.1)
         monitor.read(run.model, 1)
         assert [alert.is_repeat for alert in monitor.alerts] == [True]
+
+
+def test_a_record_says_that_nothing_is_left_to_be_done(tmp_path: Path) -> None:
+    run = Watched(tmp_path)
+    with run.monitor() as monitor:
+        for step in range(2):
+            monitor.read(run.model, step)
+            assert read_json(tmp_path / "record" / "state.json")["oversight"]["pending"] is None
+            drift(run.model, 0.1)
+
+
+def test_the_penalty_begins_with_the_coefficient_of_the_budget(tmp_path: Path) -> None:
+    class Penalty:
+        coefficient = 0.5
+
+    controller = LoopController(penalty=Penalty())
+    Monitor(probe_set(), cache_dir=tmp_path, budget=DriftBudget(0.2, start=2.0), controller=controller).attach(llama())
+    assert controller.kl_coefficient() == 2.0
+
+
+def test_an_alert_stays_on_record_when_its_step_is_read_again(tmp_path: Path) -> None:
+    run = Watched(tmp_path)
+    with run.monitor() as monitor:
+        monitor.read(run.model, 0)
+        drift(run.model, 0.1)
+        monitor.read(run.model, 1)
+        monitor.read(run.model, 1)
+        assert run.optimizer.param_groups[0]["lr"] == 0.5
+    found = read_record(tmp_path / "record")
+    assert [(alert.step, alert.is_repeat) for alert in found.alerts] == [(1, True)]
+    assert len(found.actions) == 2
+
+
+def test_what_an_action_reads_meanwhile_neither_repeats_nor_loses_an_action(tmp_path: Path) -> None:
+    run = Watched(tmp_path)
+
+    def save(reason: str) -> None:
+        monitor.read(run.model, 1)
+        monitor.read(run.model, 2)
+
+    rules = [Response(Limit("kl_ref_live", above=0.02, for_=1), ScaleLearningRate(0.5), SaveCheckpoint(), Stop())]
+    controller = LoopController(run.model, run.optimizer, save=save)
+    monitor = Monitor(
+        probe_set(), cache_dir=tmp_path / "cache", record=tmp_path / "record", rules=rules, controller=controller
+    )
+    with monitor:
+        monitor.read(run.model, 0)
+        drift(run.model, 0.1)
+        monitor.read(run.model, 1)
+    assert [taken.action for taken in read_record(tmp_path / "record").actions] == [
+        "scale_learning_rate(0.5)",
+        "stop",  # of the look at step 2, where the breach lasts
+        "save_checkpoint",
+        "stop",
+    ]
+    assert monitor.failures == {}
 
 
 def test_rules_may_look_at_what_the_loop_tells(tmp_path: Path) -> None:
@@ -351,12 +437,13 @@ def test_a_verdict_reads_the_model_where_its_step_was_not_read(
         verdict = monitor.verdict(model, 5)
         assert (verdict.outcome, verdict.step, verdict.threshold) == ("fail", 5, 0.05)
         assert monitor.verdict(model, 5) == verdict
+        monitor.verdict(model, 6)
     told = [record.getMessage() for record in caplog.records if "gate" in record.getMessage()]
     assert len(told) == 1
     assert told[0].startswith("step 5: the model does not pass the gate (fail). kl_ref_live is ")
     found = read_record(tmp_path / "record")
-    assert [(each.step, each.outcome) for each in found.verdicts] == [(0, "pass"), (5, "fail")]
-    assert {reading.step for reading in found.readings} == {0, 5}
+    assert [(each.step, each.outcome) for each in found.verdicts] == [(0, "pass"), (5, "fail"), (6, "fail")]
+    assert {reading.step for reading in found.readings} == {0, 5, 6}
 
 
 def test_a_model_that_cannot_be_read_is_not_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,6 +472,43 @@ def test_a_verdict_is_kept_over_a_resume(tmp_path: Path) -> None:
     assert kept.findings == []
 
 
+def test_a_step_that_is_read_again_has_another_verdict(tmp_path: Path) -> None:
+    model = llama()
+    monitor = gated(tmp_path, schedule=every(1))
+    monitor.observe(model, 4)
+    monitor.observe(model, 5)
+    assert monitor.verdict(model, 5).outcome == "pass"
+    drift(model, 0.3)
+    monitor.observe(model, 4)  # the run has gone back
+    monitor.observe(model, 5)
+    assert monitor.verdict(model, 5).outcome == "fail"
+    monitor = gated(tmp_path, schedule=every(5))
+    monitor.observe(reference := llama(), 5)
+    assert monitor.verdict(reference, 5).outcome == "pass"
+    monitor.observe(model, 4)  # gone back, and not read
+    assert monitor.verdict(model, 5).outcome == "fail"
+
+
+def test_a_verdict_on_what_was_read_last_reads_nothing(tmp_path: Path) -> None:
+    kept, model = Kept(), llama()
+    monitor = gated(tmp_path, sinks=[kept])
+    monitor.read(model, 5)
+    verdict = monitor.verdict(model, 5)
+    assert [findings.verdicts for findings in kept.findings[1:]] == [(verdict,)]
+
+
+def test_the_verdict_of_another_gate_is_not_gone_on_with(tmp_path: Path) -> None:
+    model = llama()
+    first, second = (
+        Monitor(probe_set(), cache_dir=tmp_path, gate=Gate(Limit("kl_ref_live", above=above))) for above in (50, 0.01)
+    )
+    first.read(model, 0)
+    drift(model, 0.3)
+    assert first.verdict(model, 1).outcome == "pass"
+    second.load_state_dict(first.state_dict())
+    assert second.verdict(model, 1).outcome == "fail"
+
+
 # What is sealed
 
 
@@ -406,6 +530,14 @@ def test_a_sealed_bank_or_sensor_alerts_but_is_refused_to_drive_anything(tmp_pat
         assert len(monitor.alerts) == 1
         assert all(monitor.is_sealed(reading) for reading in readings if reading.sensor != "progress")
     assert not any(map(Monitor(probe_set(), cache_dir=tmp_path).is_sealed, readings))
+
+
+def test_rules_are_told_whether_their_bank_is_sealed(tmp_path: Path) -> None:
+    for sealed in (True, False):
+        monitor = Monitor(probe_set(), cache_dir=tmp_path, rules=[Scripted()], sealed=sealed)
+        monitor.attach(llama())
+        (rule,) = monitor._oversight.rules
+        assert [scope.sealed for scope in rule.checked] == [sealed]
 
 
 def test_the_evidence_of_a_rule_on_a_sealed_sensor_is_sealed(tmp_path: Path) -> None:

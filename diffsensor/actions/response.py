@@ -1,5 +1,6 @@
 """A rule with its actions: what is asked of the run at an alert, and what next while the breach lasts."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, final
@@ -66,6 +67,13 @@ class Response:
         self._rung = 0
         self._owed = False
         self._stopping = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Response":
+        """A response with the same actions, which may be bound to anything, a trainer or a model."""
+        rule = copy.deepcopy(self.rule, memo)
+        copied = Response(rule, *self.actions, patience=self.patience, cooldown=self.cooldown)
+        copied.load_state_dict(self.state_dict())
+        return copied
 
     @property
     def needs(self) -> frozenset[Ability]:
