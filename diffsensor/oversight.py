@@ -155,8 +155,12 @@ class Oversight:
             return
         if self._coefficient is None and self.budget is not None:
             self._coefficient = self.budget.coefficient
-        if self._coefficient is not None:
-            controller.set_kl_coefficient(self._coefficient)
+        if self._coefficient is None:
+            return
+        is_other = controller.kl_coefficient() != self._coefficient
+        told = controller.set_kl_coefficient(self._coefficient)
+        if is_other:  # it may take the place of what the trainer was configured with
+            logger.warning("The run is steered by its KL coefficient, and begins with another one: %s.", told)
 
     def judge(self, findings: Findings, told: Collection[tuple[str, str, int]] = ()) -> Findings:
         """The findings with the evidence of rules among the readings, and with alerts.

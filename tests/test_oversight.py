@@ -510,6 +510,18 @@ def test_the_same_rule_may_serve_several_monitors() -> None:
         assert run.asked == ["stop"]
 
 
+def test_a_coefficient_that_takes_the_place_of_another_one_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    for before, told in ((0.1, 1), (1.0, 0)):
+        run, watching = Run(), oversight(budget=DriftBudget(0.2, start=1.0))
+        run.coefficient = before
+        caplog.clear()
+        watching.begin(run)
+        assert (
+            len([record for record in caplog.records if "begins with another one: did set" in record.getMessage()])
+            == told
+        )
+
+
 # What is refused
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import math
 import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -370,7 +371,7 @@ def _as_tensors(values: Mapping[str, float], pl_module: pl.LightningModule) -> d
 
 def _has_floor(reading: Reading) -> bool:
     """Whether loggers draw its noise floor: of all probes, on the outputs."""
-    return not reading.group and not reading.hookpoint and reading.noise_floor == reading.noise_floor
+    return not reading.group and not reading.hookpoint and not math.isnan(reading.noise_floor)
 
 
 def _loss(outputs: Any, trainer: pl.Trainer, pl_module: pl.LightningModule) -> torch.Tensor | float | None:
