@@ -1,6 +1,5 @@
 """The one callback: reads at optimizer steps, shows the readings to loggers, callbacks and the progress bar."""
 
-import difflib
 import logging
 import math
 import re
@@ -25,7 +24,6 @@ from diffsensor import (
     Sensor,
     Sink,
     Verdict,
-    every,
 )
 from diffsensor.actions import Response
 from diffsensor.control import Penalty
@@ -37,6 +35,7 @@ try:
 except ImportError as error:
     raise ImportError("DriftMonitor needs Lightning: pip install 'diffsensor[lightning]'") from error
 
+from diffsensor_lightning.arguments import penalty_of, probes_of, record_directory, require_one_process, schedule_of
 from diffsensor_lightning.controller import LightningController, saves_in_its_own_way
 from diffsensor_lightning.gated_checkpoints import GatedCheckpoints
 from diffsensor_lightning.recipe import recipe_of
@@ -128,13 +127,13 @@ class DriftMonitor(pl.Callback):
         self._suffix = "" if bank == "fixed" else f"-{bank}"
         self._record = record
         self._gate = gate
-        self._penalty = _penalty(penalty, budget)
+        self._penalty = penalty_of(penalty, budget)
         try:
             self._arguments: dict[str, Any] = {
-                "probes": _probes(probes, tokenizer),
+                "probes": probes_of(probes, tokenizer),
                 "reference": reference,
                 "sensors": sensors if isinstance(sensors, str) else list(sensors),
-                "schedule": _schedule(every_n_train_steps, schedule),
+                "schedule": schedule_of(every_n_train_steps, schedule),
                 "sinks": tuple(sinks),
                 "hookpoints": hookpoints if isinstance(hookpoints, str) else list(hookpoints),
                 "cache_dir": cache_dir,
@@ -206,7 +205,7 @@ class DriftMonitor(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        _require_one_process(trainer)
+        require_one_process(trainer)
         if self._gate is not None and saves_in_its_own_way(trainer.strategy):
             raise MisconfigurationException(
                 f"DriftMonitor was given a gate, and {type(trainer.strategy).__name__} saves checkpoints in a way of "
@@ -234,7 +233,7 @@ class DriftMonitor(pl.Callback):
         recipe["optimizers"] = self._optimizers = self._optimizers or recipe["optimizers"]
         monitor = self._monitor = Monitor(
             **self._arguments,
-            record=_record_directory(self._record, trainer, f"diffsensor{self._suffix}"),
+            record=record_directory(self._record, trainer, f"diffsensor{self._suffix}"),
             controller=LightningController(trainer, pl_module, self._penalty),
             recipe=recipe,
         )
@@ -384,86 +383,3 @@ def _loss(outputs: Any, trainer: pl.Trainer, pl_module: pl.LightningModule) -> t
         num_batches = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
         return loss.detach() if num_batches == 1 else loss.detach() * num_batches
     return float(loss) if isinstance(loss, Real) else None
-
-
-def _penalty(penalty: Any, budget: object) -> Penalty | None:
-    if penalty is None:
-        if budget is not None:
-            raise MisconfigurationException(
-                "DriftMonitor was given a budget and no penalty, whose coefficient it moves. Give it the one that "
-                "training_step adds to its loss: penalty=KLPenalty(...)."
-            )
-        return None
-    if not isinstance(penalty, Penalty) or not isinstance(penalty.coefficient, Real):
-        raise MisconfigurationException(
-            f"DriftMonitor was given penalty={penalty!r}, which has no number `coefficient` that could be moved. Give "
-            "the object that training_step calls, such as a KLPenalty."
-        )
-    return penalty
-
-
-def _require_one_process(trainer: pl.Trainer) -> None:
-    """The only place that assumes a single process; the rest reads the unwrapped module."""
-    if trainer.world_size > 1:
-        raise MisconfigurationException(
-            f"DriftMonitor was given a run of {trainer.world_size} processes "
-            f"({type(trainer.strategy).__name__}). It reads in runs of one process only, so far: use devices=1, or "
-            "take DriftMonitor out of the callbacks."
-        )
-
-
-def _record_directory(record: str | Path | None, trainer: pl.Trainer, name: str) -> Path | None:
-    if record is None:
-        return None
-    if record != "auto":
-        return Path(record)
-    # Not trainer.log_dir: without loggers that is the working directory, and for some a place shared by all runs.
-    for logger in trainer.loggers:
-        if logger.log_dir is not None:
-            return Path(logger.log_dir) / name
-    return None
-
-
-def _schedule(every_n_train_steps: int | None, schedule: Schedule | None) -> Schedule:
-    if schedule is None:
-        return every(50 if every_n_train_steps is None else every_n_train_steps)
-    if every_n_train_steps is not None:
-        raise MisconfigurationException(
-            f"DriftMonitor was given every_n_train_steps={every_n_train_steps!r} and schedule={schedule!r}. "
-            "Both say when to look: give one of them."
-        )
-    if not callable(schedule):
-        raise MisconfigurationException(
-            f"DriftMonitor was given schedule={schedule!r}, which is no function of the step. "
-            "Give one that is, such as diffsensor.every(50)."
-        )
-    return schedule
-
-
-def _probes(probes: ProbeSet | str | Path, tokenizer: Any) -> ProbeSet:
-    if isinstance(probes, ProbeSet):
-        if tokenizer is not None:
-            raise MisconfigurationException(
-                "DriftMonitor was given a probe set and a tokenizer. A probe set is tokenised already: leave out one."
-            )
-        return probes
-    path = Path(probes)
-    if not path.exists():
-        near = sorted(found.name for found in path.parent.glob("*")) if path.parent.is_dir() else []
-        raise MisconfigurationException(
-            f"DriftMonitor was given probes={str(probes)!r}, where nothing is. {_closest(path.name, near)}"
-            "Give a .jsonl file, the directory of a saved probe set, or a ProbeSet."
-        )
-    if path.is_dir():
-        return ProbeSet.load(path, tokenizer)
-    if tokenizer is None:
-        raise MisconfigurationException(
-            f"DriftMonitor was given probes={str(probes)!r} and no tokenizer. "
-            "Give tokenizer=<the directory or the name of the model's tokenizer>."
-        )
-    return ProbeSet.from_jsonl(path, tokenizer)
-
-
-def _closest(given: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(given, known, n=1)
-    return f"Did you mean {close[0]!r}? " if close else ""
