@@ -4,7 +4,7 @@ import logging
 import math
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from diffsensor.errors import ConfigError, RefusedError, unknown
 from diffsensor.protocols import Controller
@@ -22,17 +22,9 @@ LARGEST_KL_COEFFICIENT = 1e2
 class Stop:
     """End the run after this step, as if it were over: with its last checkpoint and its closing hooks."""
 
-    @property
-    def name(self) -> str:
-        return "stop"
-
-    @property
-    def needs(self) -> Ability:
-        return "stop"
-
-    @property
-    def at_most(self) -> None:
-        return None
+    name: ClassVar[str] = "stop"
+    needs: ClassVar[Ability] = "stop"
+    at_most: ClassVar[None] = None
 
     def __call__(self, alert: Alert, controller: Controller) -> str:
         return controller.stop(_reason(alert))
@@ -42,17 +34,9 @@ class Stop:
 class SaveCheckpoint:
     """Save a checkpoint of the model as it is now."""
 
-    @property
-    def name(self) -> str:
-        return "save_checkpoint"
-
-    @property
-    def needs(self) -> Ability:
-        return "save_checkpoint"
-
-    @property
-    def at_most(self) -> None:
-        return None
+    name: ClassVar[str] = "save_checkpoint"
+    needs: ClassVar[Ability] = "save_checkpoint"
+    at_most: ClassVar[None] = None
 
     def __call__(self, alert: Alert, controller: Controller) -> str:
         return controller.save_checkpoint(_reason(alert))
@@ -65,6 +49,9 @@ class ScaleLearningRate:
     Drift is a state and the learning rate its speed: a smaller one slows the drift down and takes none of it back.
     """
 
+    needs: ClassVar[Ability] = "scale_learning_rate"
+    at_most: ClassVar[None] = None
+
     factor: float
 
     def __post_init__(self) -> None:
@@ -74,14 +61,6 @@ class ScaleLearningRate:
     def name(self) -> str:
         return f"scale_learning_rate({self.factor:g})"
 
-    @property
-    def needs(self) -> Ability:
-        return "scale_learning_rate"
-
-    @property
-    def at_most(self) -> None:
-        return None
-
     def __call__(self, alert: Alert, controller: Controller) -> str:
         return controller.scale_learning_rate(self.factor)
 
@@ -89,6 +68,9 @@ class ScaleLearningRate:
 @dataclass(frozen=True, slots=True)
 class SetKLCoefficient:
     """Set the coefficient of the KL penalty to `value`, in [0, 100]."""
+
+    needs: ClassVar[Ability] = "set_kl_coefficient"
+    at_most: ClassVar[None] = None
 
     value: float
 
@@ -103,14 +85,6 @@ class SetKLCoefficient:
     def name(self) -> str:
         return f"set_kl_coefficient({self.value:g})"
 
-    @property
-    def needs(self) -> Ability:
-        return "set_kl_coefficient"
-
-    @property
-    def at_most(self) -> None:
-        return None
-
     def __call__(self, alert: Alert, controller: Controller) -> str:
         return controller.set_kl_coefficient(self.value)
 
@@ -118,6 +92,9 @@ class SetKLCoefficient:
 @dataclass(frozen=True, slots=True)
 class ScaleKLCoefficient:
     """Multiply the coefficient of the KL penalty by `factor`, up to 100 at most."""
+
+    needs: ClassVar[Ability] = "set_kl_coefficient"
+    at_most: ClassVar[None] = None
 
     factor: float
 
@@ -127,14 +104,6 @@ class ScaleKLCoefficient:
     @property
     def name(self) -> str:
         return f"scale_kl_coefficient({self.factor:g})"
-
-    @property
-    def needs(self) -> Ability:
-        return "set_kl_coefficient"
-
-    @property
-    def at_most(self) -> None:
-        return None
 
     def __call__(self, alert: Alert, controller: Controller) -> str:
         now = controller.kl_coefficient()
@@ -153,8 +122,11 @@ class Rollback:
     """Put weights, optimizer and random states back to those that passed last. Data and step go on.
 
     At most `at_most` times in a run: where the data themselves are the cause, the run comes back to the same place
-    (measured on a change of data in mid-run: 6 rollbacks, and a task loss of 3.1 instead of 1.5).
+    (3 to 6 times in 240 steps in `benchmarks/bench_budget.py`).
     """
+
+    name: ClassVar[str] = "rollback"
+    needs: ClassVar[Ability] = "rollback"
 
     at_most: int = 3
 
@@ -164,14 +136,6 @@ class Rollback:
                 f"Rollback was given at_most={self.at_most!r}. It counts, so give a whole number of at least 1."
             )
 
-    @property
-    def name(self) -> str:
-        return "rollback"
-
-    @property
-    def needs(self) -> Ability:
-        return "rollback"
-
     def __call__(self, alert: Alert, controller: Controller) -> str:
         return controller.rollback(_reason(alert))
 
@@ -180,17 +144,9 @@ class Rollback:
 class Pause:
     """Wait until a person lets the run go on."""
 
-    @property
-    def name(self) -> str:
-        return "pause"
-
-    @property
-    def needs(self) -> Ability:
-        return "pause"
-
-    @property
-    def at_most(self) -> None:
-        return None
+    name: ClassVar[str] = "pause"
+    needs: ClassVar[Ability] = "pause"
+    at_most: ClassVar[None] = None
 
     def __call__(self, alert: Alert, controller: Controller) -> str:
         return controller.pause(_reason(alert))
@@ -199,6 +155,9 @@ class Pause:
 @dataclass(frozen=True, slots=True)
 class Log:
     """Write the alert to Python's logging, at `level`. The first rung of a ladder that warns before it acts."""
+
+    needs: ClassVar[None] = None
+    at_most: ClassVar[None] = None
 
     level: LogLevel = "warning"
 
@@ -209,14 +168,6 @@ class Log:
     @property
     def name(self) -> str:
         return f"log({self.level})"
-
-    @property
-    def needs(self) -> None:
-        return None
-
-    @property
-    def at_most(self) -> None:
-        return None
 
     def __call__(self, alert: Alert, controller: Controller) -> str:
         logger.log(logging.getLevelNamesMapping()[self.level.upper()], "%s", _reason(alert))
