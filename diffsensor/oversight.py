@@ -269,9 +269,14 @@ class Oversight:
         return alert
 
     def _follow_unknown(self, rule: Rule, judgement: Judgement, step: int) -> Alert | None:
-        """The alert on a rule none of whose subjects could be judged at `UNKNOWN_LOOKS` looks in a row."""
+        """The alert on a rule that could not be judged at `UNKNOWN_LOOKS` looks in a row.
+
+        That is one none of whose subjects could be; of a rule that may stop the run, which fails closed, any of them.
+        """
         track = self._unknown[rule.name]
-        if not judgement.signals or any(signal.state != "unknown" for signal in judgement.signals):
+        fails_closed = any("stop" in response.needs for response in self._responses if response.rule.name == rule.name)
+        enough = any if fails_closed and state_of(judgement) == "unknown" else all
+        if not judgement.signals or not enough(signal.state == "unknown" for signal in judgement.signals):
             track.since, track.suppressed = -1, 0
             return None
         if track.since < 0:

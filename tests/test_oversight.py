@@ -304,6 +304,24 @@ def test_what_was_done_to_the_run_is_in_the_log(caplog: pytest.LogCaptureFixture
     assert line == "step 7, scale_learning_rate(0.5), as 'scripted' asks for: did scale"
 
 
+def test_a_stop_because_one_subject_cannot_be_judged_is_alerted_and_says_since_when() -> None:
+    reasons: list[str] = []
+
+    class Told(Run):
+        def stop(self, reason: str) -> str:
+            reasons.append(reason)
+            return "stops"
+
+    looks: list[dict[str, State]] = [{"a": "quiet", "b": state} for state in ("quiet", "unknown", "unknown")]
+    watching, run = oversight(Response(Scripted(*looks), Stop())), Told()
+    told = [alert for step in range(3) for alert in look(watching, run, step=step)[0]]
+    assert [(alert.step, alert.subject, alert.severity, alert.first_step) for alert in told] == [
+        (2, "unjudged", "critical", 1)
+    ]
+    (reason,) = reasons
+    assert "cannot be judged (b is off), since step 1" in reason
+
+
 def test_what_was_asked_for_is_not_asked_for_again_and_what_was_not_is() -> None:
     """The state is taken between the look and its actions, as it is when a run is killed there; and after them."""
     for is_killed_before in (True, False):
