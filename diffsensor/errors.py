@@ -40,6 +40,10 @@ class NonFiniteError(DiffSensorError, ArithmeticError):
     """Answers of a model that are not numbers."""
 
 
+class RanksError(DiffSensorError, RuntimeError):
+    """Processes of one run that did not come together: one failed, is elsewhere, or is gone."""
+
+
 class RefusedError(DiffSensorError, RuntimeError):
     """An action that this run cannot carry out now."""
 

@@ -1,19 +1,20 @@
 """The output head: the map from the last hidden state to logits, computed in float32 a few tokens at a time."""
 
 import contextlib
-import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from diffsensor.checksums import checksum, digest
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearHead:
-    """z = cap(scale * (W h + b)), with cap(z) = softcap * tanh(z / softcap) where the model has one.
+    """z = cap(scale * (W h + b)) / temperature, with cap(z) = softcap * tanh(z / softcap) where the model has one.
 
     Logits are float32 whatever the model's dtype: two bfloat16 logits that are subtracted from each other
     are wrong by more than an early fine-tune moves them (+488 % at a KL of 5e-6).
@@ -23,6 +24,7 @@ class LinearHead:
     bias: Float[Tensor, " vocab"] | None = None
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
 
     @property
     def vocab_size(self) -> int:
@@ -38,36 +40,41 @@ class LinearHead:
         tile = self.product(hidden, start, stop, out=out)
         if self.bias is not None:
             bias = self.bias[start:stop].float()
-            tile += bias if self.scale == 1.0 else bias * self.scale
+            tile += bias if self.factor == 1.0 else bias * self.factor
         if self.softcap is not None:
-            tile = tile.div_(self.softcap).tanh_().mul_(self.softcap)
+            tile = tile.div_(self.softcap).tanh_().mul_(self.softcap / self.temperature)
         return tile
+
+    @property
+    def factor(self) -> float:
+        """What W h + b is multiplied by; a temperature acts after the cap."""
+        return self.scale if self.softcap is not None else self.scale / self.temperature
 
     def product(
         self, hidden: Float[Tensor, "pos dim"], start: int, stop: int, out: Float[Tensor, "pos tile"] | None = None
     ) -> Float[Tensor, "pos tile"]:
-        """scale * W h alone: of the difference of two hidden states, the difference of their logits."""
+        """W h alone, scaled: of the difference of two hidden states, with a linear head, that of their logits."""
         weight = self.weight[start:stop]
         if weight.is_cuda and hidden.dtype == weight.dtype and weight.dtype in (torch.bfloat16, torch.float16):
             tile = torch.mm(hidden, weight.T, out_dtype=torch.float32)
             tile = tile if out is None else out.copy_(tile)
         else:
             tile = torch.mm(hidden.float(), weight.float().T, out=out)
-        return tile if self.scale == 1.0 else tile.mul_(self.scale)
+        return tile if self.factor == 1.0 else tile.mul_(self.factor)
 
     def mean_row(self, probabilities: Float[Tensor, "pos tile"], start: int, stop: int) -> Float[Tensor, "pos dim"]:
-        """scale * sum_v p_v w_v over a tile of the vocabulary: its share of the expected unembedding."""
-        return (probabilities @ self.weight[start:stop].float()).mul_(self.scale)
+        """sum_v p_v w_v, scaled, over a tile of the vocabulary: its share of the expected unembedding."""
+        return (probabilities @ self.weight[start:stop].float()).mul_(self.factor)
 
     def rows(self, tokens: Int[Tensor, " token"]) -> "LinearHead":
         tokens = tokens.to(self.weight.device)
         bias = None if self.bias is None else self.bias[tokens]
-        return LinearHead(weight=self.weight[tokens], bias=bias, scale=self.scale, softcap=self.softcap)
+        return replace(self, weight=self.weight[tokens], bias=bias)
 
     def checksum(self) -> str:
         """The same for the same bits, here and on every later day; two passes over the weights."""
         bias = "" if self.bias is None else checksum(self.bias)
-        return digest(checksum(self.weight), bias, repr(self.scale), repr(self.softcap))
+        return digest(checksum(self.weight), bias, repr(self.scale), repr(self.softcap), repr(self.temperature))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,19 +82,19 @@ class GivenLogits:
     """The head of a module whose logits are taken as they come: the hidden state is the logits already."""
 
     vocab_size: int
+    temperature: float = 1.0
     is_linear: bool = False
 
     def logits(
         self, hidden: Float[Tensor, "pos dim"], start: int, stop: int, out: Float[Tensor, "pos tile"] | None = None
     ) -> Float[Tensor, "pos tile"]:
-        tile = hidden[:, start:stop]
-        return tile.float() if out is None else out.copy_(tile)
+        return _given(hidden[:, start:stop], self.temperature, out)
 
     def rows(self, tokens: Int[Tensor, " token"]) -> "PickedLogits":
-        return PickedLogits(tokens=tokens)
+        return PickedLogits(tokens=tokens, temperature=self.temperature)
 
     def checksum(self) -> str:
-        return digest("given logits", str(self.vocab_size))
+        return digest("given logits", str(self.vocab_size), repr(self.temperature))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +102,7 @@ class PickedLogits:
     """Some of the logits of a module whose logits are taken as they come."""
 
     tokens: Int[Tensor, " token"]
+    temperature: float = 1.0
     is_linear: bool = False
 
     @property
@@ -104,11 +112,15 @@ class PickedLogits:
     def logits(
         self, hidden: Float[Tensor, "pos dim"], start: int, stop: int, out: Float[Tensor, "pos tile"] | None = None
     ) -> Float[Tensor, "pos tile"]:
-        tile = hidden[:, self.tokens[start:stop].to(hidden.device)].float()
-        return tile if out is None else out.copy_(tile)
+        return _given(hidden[:, self.tokens[start:stop].to(hidden.device)], self.temperature, out)
 
     def rows(self, tokens: Int[Tensor, " token"]) -> "PickedLogits":
-        return PickedLogits(tokens=self.tokens[tokens])
+        return replace(self, tokens=self.tokens[tokens])
+
+
+def _given(logits: Tensor, temperature: float, out: Tensor | None) -> Float[Tensor, "pos tile"]:
+    tile = logits.float() if out is None else out.copy_(logits)
+    return tile if temperature == 1.0 else tile / temperature if out is None else tile.div_(temperature)
 
 
 def linear_map(module: nn.Module, width: int) -> tuple[Float[Tensor, "vocab dim"], Float[Tensor, " vocab"] | None]:
@@ -134,10 +146,6 @@ def linear_map(module: nn.Module, width: int) -> tuple[Float[Tensor, "vocab dim"
             - bias[:, None]
         )
     return weight.contiguous(), bias if bool(bias.any()) else None
-
-
-#: How many 8-byte words are added up at once.
-_CHECKSUM_WORDS = 2**17
 
 
 @contextlib.contextmanager
@@ -168,37 +176,3 @@ def _exact_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def checksum(tensor: Tensor) -> str:
-    """A hash of 64-bit sums of the tensor's words over each row and over each column.
-
-    The sums are made where the tensor lies, at the speed of its memory, which a cryptographic hash of all of it
-    is not. It tells changed weights from unchanged ones; it is no defence against someone who wants a collision.
-    """
-    if tensor.numel() == 0:
-        return digest(str(tuple(tensor.shape)), str(tensor.dtype))
-    rows = tensor.detach().contiguous().reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
-    words = _as_words(rows)
-    # Some rows at a time, which are still in the cache when they are added up the other way.
-    parts = words.split(max(1, _CHECKSUM_WORDS // max(1, words.shape[1])))
-    by_row = torch.cat([part.sum(1, dtype=torch.int64) for part in parts])
-    by_column = torch.stack([part.sum(0, dtype=torch.int64) for part in parts]).sum(0)
-    # Each sum by itself: added up with weights, the highest bits of two words would cancel.
-    sums = torch.cat([by_row, by_column]).cpu()
-    return digest(hashlib.sha256(sums.numpy().tobytes()).hexdigest(), str(tuple(tensor.shape)), str(tensor.dtype))
-
-
-def digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def _as_words(rows: Tensor) -> Tensor:
-    """The rows' bytes as the widest integers that fill a row exactly."""
-    if rows.is_complex():
-        rows = torch.view_as_real(rows).flatten(1)
-    row_bytes, offset = rows.shape[1] * rows.element_size(), rows.storage_offset() * rows.element_size()
-    for dtype, size in ((torch.int64, 8), (torch.int32, 4), (torch.int16, 2)):
-        if row_bytes % size == 0:
-            return (rows if offset % size == 0 else rows.clone()).view(dtype)
-    return rows.view(torch.uint8)

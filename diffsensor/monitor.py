@@ -16,13 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from diffsensor.actions import Response
-from diffsensor.capture import Capture, FrozenWeights, leave_no_trace, random_states_kept, require_same_context
-from diffsensor.errors import CaptureError, ConfigError, ReferenceMismatchError
+from diffsensor.capture import (
+    Capture,
+    FrozenWeights,
+    checksum_of_replica,
+    leave_no_trace,
+    random_states_kept,
+    require_same_context,
+    require_temperature,
+)
+from diffsensor.errors import CaptureError, ConfigError, RanksError, ReferenceMismatchError, listed
 from diffsensor.gate import Gate
+from diffsensor.look import Failure, look_at, told_of
 from diffsensor.noise_floor import measured_floor, with_floor
 from diffsensor.oversight import Oversight
 from diffsensor.probes import ProbeSet, checksum_of
-from diffsensor.protocols import Budget, Controller, Fold, OutputHead, Rule, Schedule, Sensor, Sink
+from diffsensor.protocols import Budget, Controller, OutputHead, Rule, Schedule, Sensor, Sink
+from diffsensor.ranks import Due, Ranks, mean_of
 from diffsensor.record import MANIFEST, Record, read_manifest, read_record
 from diffsensor.reference import Reference, require_fitting
 from diffsensor.rules import Invariant
@@ -31,9 +41,12 @@ from diffsensor.sensors import Activations, Outputs, resolve_sensors
 from diffsensor.sinks import LogAlerts
 from diffsensor.storage.atomic import store
 from diffsensor.storage.checked_json import json_bytes, read_json
-from diffsensor.types import FIXED_BANK, Alert, Fault, Findings, MetricInfo, Plan, Reading, Scope, Verdict
+from diffsensor.types import FIXED_BANK, ActionTaken, Alert, Fault, Findings, MetricInfo, Plan, Reading, Scope, Verdict
 
 logger = logging.getLogger(__name__)
+
+#: What the first process tells the others of a look: what it found, what failed, and the state of its oversight.
+_Told = tuple[Findings, list[str], list[dict[str, Any]]]
 
 
 @final
@@ -77,6 +90,12 @@ class Monitor:
         recipe: what identifies the way of training, in plain types; pilots must have the same.
         noise_floor: whether to measure, when first attached and at the price of three readings, by how much the
             same weights read differently in another batch split.
+        temperature: what logits are divided by before they are compared: that at which a policy samples, where its
+            distributions are to be read as it uses them. A given reference must have been built at the same.
+
+    In a run of several processes (torch.distributed) every one of them makes a monitor with the same arguments and
+    calls it at the same steps. They share the probes of each look; the first one decides and writes, and all of them
+    get the same readings, alerts, verdicts and actions.
     """
 
     def __init__(
@@ -102,8 +121,10 @@ class Monitor:
         progress: Sequence[str] = (),
         recipe: Mapping[str, object] | None = None,
         noise_floor: bool = True,
+        temperature: float = 1.0,
     ) -> None:
         _require_arguments(probes, schedule, hookpoints)
+        require_temperature(temperature)
         _require_parts(rules, sinks, controller)
         self.probes = probes
         self.reference = reference if isinstance(reference, Reference) else None
@@ -118,6 +139,10 @@ class Monitor:
         self._oversight.refuse_sealed(self.metrics, bank_is_sealed=sealed)
         self._sealed, self._progress, self._recipe = sealed, tuple(progress), dict(recipe or {})
         self._measures_floor = noise_floor
+        self._temperature = temperature
+        self._ranks = Ranks()
+        self._due = Due(self.schedule)
+        self._is_out = False  # the processes lost each other
         self._floor: dict[str, float] | None = None
         self._frozen: FrozenWeights | None = None
         self._plan_checksum = ""
@@ -149,47 +174,70 @@ class Monitor:
         """
         if not isinstance(model, nn.Module):
             raise CaptureError(f"The model given is a {type(model).__name__}, expected a torch.nn.Module.")
-        resume = self._resume and self._resumes_record()
+        self._ranks = Ranks.now()
+        self._ranks.together("attach", lambda: self._attach(model))
+        self._act()  # what was left to be done when the run was killed
+
+    def _attach(self, model: nn.Module) -> None:
+        ranks = self._ranks
+        resume, fingerprint = ranks.told("run to go on with", self._to_go_on_with)
         if self.reference is None:
-            fingerprint = self._fingerprint or (self._recorded_fingerprint() if resume else None)
             if fingerprint is not None:
                 self.reference = Reference.find(fingerprint, self.probes, self._cache_dir)
             elif self._reference_model is not None:
                 self.reference = self._ask_another(self._reference_model, model)
             else:
                 self.reference = Reference.build(
-                    model, self.probes, self._cache_dir, self._hookpoints, model_path=self._model_path
+                    model,
+                    self.probes,
+                    self._cache_dir,
+                    self._hookpoints,
+                    model_path=self._model_path,
+                    temperature=self._temperature,
                 )
         elif self._fingerprint is not None and self.reference.fingerprint != self._fingerprint:
             raise ReferenceMismatchError(
                 f"The run that goes on is compared with the reference {self._fingerprint[:12]}; given was "
                 f"{self.reference.fingerprint[:12]}. Give the reference that the run began with, or begin a new run."
             )
-        capture = Capture(model, self.reference.hookpoints, self._model_path)
+        _require_same_temperature(self.reference, self._temperature)
+        capture = Capture(model, self.reference.hookpoints, self._model_path, temperature=self._temperature)
         require_fitting(self.probes, capture)
         with leave_no_trace(capture.root):
             capture.try_out(self.probes.first(), is_text=self.probes.is_text)
             require_same_context(self.reference.context, capture.context())
-        _require_same_vocabulary(self.reference, capture.head())
+            _require_same_vocabulary(self.reference, capture.head())
         _require_readable(self.sensors, self.reference, capture)
-        scope = self._scope()
-        self._oversight.check(scope, self.controller)
-        if self._record is None and self._record_path is not None:
-            self._record = Record(self._record_path, manifest=self._manifest(), resume=resume)
-            if resume and self._fingerprint is None and (state := self._record.read_state()) is not None:
+        self._oversight.speaks = ranks.is_first
+        self._oversight.check(self._scope(), self.controller)
+        if self._record_path is not None:
+            state = ranks.told("state", partial(self._open_record, self._record_path, resume))
+            if state is not None:
                 self.load_state_dict(state)
-            if resume:
-                alerts = read_record(self._record_path).alerts
-                self._told = {(alert.rule, alert.subject, alert.step) for alert in alerts}
         self._plan_checksum = checksum_of(self.reference.plan)
         if self._oversight.looks_at_faults and self._frozen is None:
             self._frozen = FrozenWeights(capture.root)
         if self._measures_floor and self._floor is None:
             reference = self.reference
-            self._floor = measured_floor(lambda plan: self._look(capture, reference, plan, -1)[0], reference.plan)
+            floor = measured_floor(lambda plan: self._look(capture, reference, plan, -1)[0], reference.plan)
+            self._floor = ranks.told("noise floor", lambda: floor)
         self._seen = (model, capture)
         self._oversight.begin(self.controller)
-        self._act()  # what was left to be done when the run was killed
+
+    def _to_go_on_with(self) -> tuple[bool, str | None]:
+        """Whether there is a record to go on with, and the reference of the run that goes on."""
+        resume = self._resume and self._resumes_record()
+        return resume, self._fingerprint or (self._recorded_fingerprint() if resume else None)
+
+    def _open_record(self, path: Path, resume: bool) -> dict[str, Any] | None:
+        """Open the record where it is not open yet. Gives the state that is to be gone on with, from there."""
+        if self._record is not None:
+            return None
+        self._record = Record(path, manifest=self._manifest(), resume=resume)
+        if not resume:
+            return None
+        self._told = {(alert.rule, alert.subject, alert.step) for alert in read_record(path).alerts}
+        return self._record.read_state() if self._fingerprint is None else None
 
     def _ask_another(self, other: nn.Module | str | os.PathLike[str], live: nn.Module) -> Reference:
         """The reference from another model, under the circumstances of the live one."""
@@ -204,7 +252,7 @@ class Monitor:
             with random_states_kept():  # loading draws numbers for weights that the files may lack
                 other = load_causal_lm(other, like=capture.root).requires_grad_(capture.trains_head)
         with capture.autocast_seen():
-            return Reference.build(other, self.probes, self._cache_dir, self._hookpoints)
+            return Reference.build(other, self.probes, self._cache_dir, self._hookpoints, temperature=self._temperature)
 
     @property
     def last_step(self) -> int:
@@ -215,8 +263,9 @@ class Monitor:
         """Whether `observe` would look at this step: the schedule says so, and it is not the one read last.
 
         An earlier step is read again: a run that goes on from an older checkpoint takes the place of what came after.
+        The first process decides, and says so ahead: all of them ask, at the same steps.
         """
-        return step != self._last_step and self.schedule(step)
+        return step != self._last_step and self._due.at(step)
 
     def observe(self, model: nn.Module, step: int, **progress: float | Tensor) -> list[Reading]:
         """Look if something is due, else do nothing. Returns the new readings.
@@ -225,6 +274,8 @@ class Monitor:
         readings of the same step, as readings of a sensor "progress" in the unit in which it was given.
         """
         self._require_progress(progress)
+        if self._is_out:
+            return []
         if self._resume and self._seen is None:
             self.attach(model)  # only now it is known which step was read last
         if step < self._last_step:
@@ -237,28 +288,70 @@ class Monitor:
     def read(self, model: nn.Module, step: int, **progress: float | Tensor) -> list[Reading]:
         """Look now. Leaves no trace on the model."""
         self._require_progress(progress)
+        if self._is_out:
+            return []
         if self._seen is None or self._seen[0] is not model:
             self.attach(model)
-        assert self._seen is not None and self.reference is not None
-        capture = self._seen[1]
-        findings, failed = self._look(capture, self.reference, self.reference.plan, step)
-        for name, error in failed:
-            self._count(name, error)
-        if not self._log_text:  # before any rule sees it, whose alerts are told in its words
-            findings = findings.without_text()
-        told = [_progress_reading(step, name, value, self._bank) for name, value in progress.items()]
-        findings = replace(
-            findings,
-            readings=(*(with_floor(reading, self._floor or {}) for reading in findings.readings), *told),
-            faults=self._faults(capture, self.reference, failed),
-        )
-        findings = self._oversight.judge(findings, self._told)
+        try:
+            findings = self._read(step, progress)
+        except RanksError as error:
+            self._leave(error)
+            return []
         self._last_step, self._findings = step, findings
         self._verdict = None  # the one before was on other weights, though it may have been on the same step
         self.readings, self.alerts = list(findings.readings), list(findings.alerts)
         self._hand_on(findings)
-        self._act()
+        try:
+            self._act()
+        except RanksError as error:
+            self._leave(error)
         return list(self.readings)
+
+    def _read(self, step: int, progress: Mapping[str, float | Tensor]) -> Findings:
+        """Look, and judge what was found, in the first process; the others are told of it."""
+        assert self._seen is not None and self.reference is not None
+        capture, ranks = self._seen[1], self._ranks
+        findings, failures = self._look(capture, self.reference, self.reference.plan, step)
+        numbers = {name: _number(value) for name, value in progress.items()}
+        faults, found = self._faults(capture, self.reference)
+        replica = "" if ranks.size == 1 or capture.holding.is_shared else checksum_of_replica(capture.root)
+        reports = ranks.each("faults", (numbers, faults, [each._replace(error=None) for each in found], replica))
+
+        def judged() -> _Told:
+            told = [
+                _progress_reading(step, name, mean_of([theirs[name] for theirs, *_ in reports]), self._bank)
+                for name in numbers
+            ]
+            known = [
+                Fault(kind="sensor", subject=each.name, detail=f"{each.name} failed ({each.told})") for each in failures
+            ]
+            known += dict.fromkeys(fault for _, theirs, *_ in reports for fault in theirs)
+            known += _replica_faults([each for *_, each in reports])
+            full = replace(
+                # Without text before any rule sees it, whose alerts are told in its words.
+                findings if self._log_text else findings.without_text(),
+                readings=(*(with_floor(reading, self._floor or {}) for reading in findings.readings), *told),
+                faults=tuple(known),
+            )
+            full = self._oversight.judge(full, self._told)
+            states: list[dict[str, Any]] = []
+            if ranks.size > 1:
+                self._contained("state", lambda: states.append(self._oversight.state_dict()))
+            return full, [each.name for each in failures], states
+
+        findings, failed, states = ranks.told("reading", judged)
+        if not ranks.is_first:
+            for state in states:
+                self._oversight.load_state_dict(state)
+        errors = {each.name: each.error for each in (*failures, *found)}
+        for name in dict.fromkeys([*failed, *(each.name for _, _, theirs, _ in reports for each in theirs)]):
+            self._count(name, errors.get(name))
+        return findings
+
+    def _leave(self, error: RanksError) -> None:
+        """The processes have lost each other: there are no more readings, and nothing passes a gate."""
+        self._is_out, self.readings, self.alerts, self._verdict = True, [], [], None
+        logger.error("%s Nothing is read any more in this run, which goes on; a gate passes nothing.", error)
 
     def verdict(self, model: nn.Module, step: int) -> Verdict:
         """Whether the model as it is now, after `step` steps, may be released: what the gate says of its readings.
@@ -272,8 +365,14 @@ class Monitor:
             return self._verdict
         if self._findings is None or step != self._last_step:
             self.read(model, step)
-        assert self._findings is not None
-        self._verdict = self._oversight.verdict(gate, self._findings)
+        if self._is_out or self._findings is None:
+            return gate.unread(step)
+        findings = self._findings
+        try:
+            self._verdict = self._ranks.told("verdict", lambda: self._oversight.verdict(gate, findings))
+        except RanksError as error:
+            self._leave(error)
+            return gate.unread(step)
         if (passes := self._verdict.outcome == "pass") != self._passes:
             self._passes = passes
             told = "passes the gate again" if passes else f"does not pass the gate ({self._verdict.outcome})"
@@ -296,63 +395,31 @@ class Monitor:
         """Carry out what the last look calls for, each request on record with what became of it."""
         if not self._oversight.has_to_act:
             return
-        self._oversight.act(self.controller, lambda taken: self._hand_on(Findings(step=taken.step, actions=(taken,))))
+        self._oversight.act(self.controller, self._act_told)
         self._store_state()
 
-    def _look(
-        self, capture: Capture, reference: Reference, plan: Plan, step: int
-    ) -> tuple[Findings, list[tuple[str, Exception]]]:
-        """What the sensors find, and what failed meanwhile."""
-        found: list[Findings] = []
-        failed: list[tuple[str, Exception]] = []
+    def _act_told(self, taken: ActionTaken) -> None:
+        """Every process has done the same; put on record what became of it, and where it went otherwise."""
+        outcomes = self._ranks.each(taken.action, (taken.outcome, taken.detail))
+        for rank, (outcome, detail) in enumerate(outcomes):
+            if outcome != outcomes[0][0]:
+                taken = replace(taken, outcome="failed", detail=f"{taken.detail}; process {rank}: {outcome}, {detail}")
+        self._hand_on(Findings(step=taken.step, actions=(taken,)))
 
-        def contained(name: str, act: Callable[[], object]) -> bool:
-            try:
-                act()
-            except Exception as error:  # noqa: BLE001 - contained is the promise; it is counted and logged
-                failed.append((name, error))
-                return False
-            return True
+    def _look(self, capture: Capture, reference: Reference, plan: Plan, step: int) -> tuple[Findings, list[Failure]]:
+        return look_at(capture, reference, self.sensors, plan, step=step, bank=self._bank, ranks=self._ranks)
 
-        with leave_no_trace(capture.root):
-            folds: dict[str, Fold] | None = None
-            try:
-                for piece in capture.pieces(plan):
-                    if folds is None:  # and not once more where all have failed: they would see a part only
-                        folds, head = {}, capture.head()
-                        for sensor in self.sensors:
-                            contained(sensor.name, partial(_open_into, folds, sensor, reference, head))
-                    for name in list(folds):
-                        if not contained(name, partial(folds[name].update, piece)):
-                            del folds[name]
-            except Exception as error:  # noqa: BLE001 - whatever the model raises, the run goes on
-                failed.append(("forward pass", error))
-                folds = {}
-            for name, fold in (folds or {}).items():
-                contained(name, partial(_finish_into, found, fold, step))
-        findings = Findings(
-            step=step,
-            readings=tuple(replace(reading, bank=self._bank) for each in found for reading in each.readings),
-            token_shifts=tuple(replace(shift, bank=self._bank) for each in found for shift in each.token_shifts),
-            tensors={name: tensor for each in found for name, tensor in each.tensors.items()},
-            by_probe={name: values for each in found for name, values in each.by_probe.items()},
-        )
-        return findings, failed
-
-    def _faults(
-        self, capture: Capture, reference: Reference, failed: Sequence[tuple[str, Exception]]
-    ) -> tuple[Fault, ...]:
-        faults = [
-            Fault(kind="sensor", subject=name, detail=f"{name} failed ({type(error).__name__}: {error})")
-            for name, error in failed
-        ]
+    def _faults(self, capture: Capture, reference: Reference) -> tuple[list[Fault], list[Failure]]:
+        """What this process sees that must not be, and whether it failed to look."""
+        faults: list[Fault] = []
+        failures: list[Failure] = []
         if self._frozen is not None:
             try:
                 moved = self._frozen.moved(capture.root)
             except Exception as error:  # noqa: BLE001 - contained like a sensor
-                self._count("frozen weights", error)
-                detail = f"the frozen weights could not be read ({type(error).__name__}: {error})"
-                moved, faults = [], [*faults, Fault(kind="sensor", subject="frozen weights", detail=detail)]
+                failures = [Failure("frozen weights", told_of(error), error)]
+                detail = f"the frozen weights could not be read ({told_of(error)})"
+                moved, faults = [], [Fault(kind="sensor", subject="frozen weights", detail=detail)]
             faults += [
                 Fault(kind="frozen", subject=name, detail=f"the parameter {name} does not train, and has moved")
                 for name in moved
@@ -362,7 +429,7 @@ class Monitor:
             faults.append(Fault(kind="fingerprint", subject="context", detail=detail))
         if checksum_of(reference.plan) != self._plan_checksum:
             faults.append(Fault(kind="fingerprint", subject="probes", detail="the probes in memory have changed"))
-        return tuple(faults)
+        return faults, failures
 
     def _scope(self) -> Scope:
         assert self.reference is not None
@@ -393,7 +460,7 @@ class Monitor:
 
     def _hand_on(self, findings: Findings) -> None:
         empty = Findings(step=findings.step, by_probe=findings.by_probe, faults=findings.faults)
-        if findings == empty:
+        if findings == empty or not self._ranks.is_first:
             return
         for sink in ((self._record,) if self._record is not None else ()) + self._sinks:
             self._contained(type(sink).__name__, partial(sink.write, findings))
@@ -413,9 +480,10 @@ class Monitor:
             return False
         return True
 
-    def _count(self, name: str, error: Exception) -> None:
+    def _count(self, name: str, error: Exception | None) -> None:
+        """Count a failure, and log the first one; of those that befell another process, that one tells."""
         self.failures[name] = self.failures.get(name, 0) + 1
-        if self.failures[name] == 1:
+        if self.failures[name] == 1 and error is not None:
             logger.error("%s failed and is left out of this reading; the run goes on. %s", name, error, exc_info=error)
 
     def state_dict(self) -> dict[str, Any]:
@@ -453,8 +521,12 @@ class Monitor:
         return [] if self._oversight.gate is None else [each.name for each in self._oversight.gate.criteria]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `state_dict` to a file, as a whole or not at all, to be put beside a checkpoint."""
-        store(Path(path), json_bytes(Path(path).stem, self.state_dict()))
+        """Write `state_dict` to a file, as a whole or not at all, to be put beside a checkpoint.
+
+        Of several processes the first one writes; it need not be called by the others.
+        """
+        if self._ranks.is_first:
+            store(Path(path), json_bytes(Path(path).stem, self.state_dict()))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """`load_state_dict` from a file that `save` wrote. Raises `CorruptFileError` where it has changed."""
@@ -464,7 +536,7 @@ class Monitor:
         """Close the record and the sinks. Reading again opens the record where it ended."""
         for sink in ((self._record,) if self._record is not None else ()) + self._sinks:
             self._contained(type(sink).__name__, sink.close)
-        if self._record is not None:
+        if self._record is not None or (self._record_path is not None and self._seen is not None):
             self._record, self._seen, self._resume = None, None, True
 
     def __enter__(self) -> "Monitor":
@@ -504,6 +576,8 @@ class Monitor:
             "rules": [rule.name for rule in self._oversight.rules],
             "sealed": self._sealed,
             "context": asdict(self.reference.context),
+            "temperature": self.reference.temperature,
+            "processes": self._ranks.size,
             "metrics": {name: asdict(info) for name, info in self.metrics.items()},
         }
 
@@ -536,17 +610,28 @@ def _require_parts(rules: object, sinks: object, controller: object) -> None:
         )
 
 
-def _open_into(folds: dict[str, Fold], sensor: Sensor, reference: Reference, head: OutputHead) -> None:
-    folds[sensor.name] = sensor.open(reference, head)
+def _progress_reading(step: int, name: str, value: float, bank: str) -> Reading:
+    return Reading(step=step, sensor="progress", metric=name, value=value, unit="as given", bank=bank)
 
 
-def _finish_into(found: list[Findings], fold: Fold, step: int) -> None:
-    found.append(fold.finish(step))
+def _number(value: float | Tensor) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
-def _progress_reading(step: int, name: str, value: float | Tensor, bank: str) -> Reading:
-    number = float(value.detach() if isinstance(value, Tensor) else value)
-    return Reading(step=step, sensor="progress", metric=name, value=number, unit="as given", bank=bank)
+def _replica_faults(checksums: Sequence[str]) -> list[Fault]:
+    others = [str(rank) for rank, each in enumerate(checksums) if each != checksums[0]]
+    if not others:
+        return []
+    detail = f"{'process' if len(others) == 1 else 'processes'} {listed(others)} of {len(checksums)} hold other weights"
+    return [Fault(kind="replicas", subject="weights", detail=f"{detail} than process 0, which all should share")]
+
+
+def _require_same_temperature(reference: Reference, temperature: float) -> None:
+    if reference.temperature != temperature:
+        raise ReferenceMismatchError(
+            f"The reference was built at temperature {reference.temperature:g}, and is to be read at {temperature:g}. "
+            f"Build it with Reference.build(..., temperature={temperature:g}), or leave the monitor's temperature out."
+        )
 
 
 def _require_readable(sensors: Sequence[Sensor], reference: Reference, capture: Capture) -> None:

@@ -71,6 +71,8 @@ class Oversight:
             )
         self.gate, self.budget = gate, budget
         self._contain = contain
+        #: Whether what is asked of the run is told in the log: by one of several processes.
+        self.speaks = True
         self._tracks: dict[str, dict[str, _Track]] = {name: {} for name in names}
         self._unknown = {name: _Track() for name in names}
         self._said: dict[str, dict[str, Any]] = {}
@@ -159,7 +161,7 @@ class Oversight:
             return
         is_other = controller.kl_coefficient() != self._coefficient
         told = controller.set_kl_coefficient(self._coefficient)
-        if is_other:  # it may take the place of what the trainer was configured with
+        if is_other and self.speaks:  # it may take the place of what the trainer was configured with
             logger.warning("The run is steered by its KL coefficient, and begins with another one: %s.", told)
 
     def judge(self, findings: Findings, told: Collection[tuple[str, str, int]] = ()) -> Findings:
@@ -354,7 +356,7 @@ class Oversight:
             detail = action(alert, controller or LoopController())
             if action.needs == "set_kl_coefficient" and controller is not None:
                 self._coefficient = controller.kl_coefficient()
-            if action.needs is not None:
+            if action.needs is not None and self.speaks:
                 logger.warning("step %d, %s, as %r asks for: %s", alert.step, action.name, alert.rule, detail)
             return replace(taken, detail=detail)
         except RefusedError as error:
@@ -398,9 +400,9 @@ class Oversight:
         self._num_looks = state["num_looks"]
         self._coefficient = state["coefficient"]
         names = {rule.name for rule in self._rules}
-        if new := sorted(names - state["rules"].keys()):
+        if (new := sorted(names - state["rules"].keys())) and self.speaks:
             logger.warning("The run that goes on did not have the rules %s: they begin now.", listed(new))
-        if gone := sorted(state["rules"].keys() - names):
+        if (gone := sorted(state["rules"].keys() - names)) and self.speaks:
             logger.warning("The run that goes on had the rules %s, which are not given any more.", listed(gone))
         for rule in self._rules:
             if rule.name in state["rules"]:

@@ -131,11 +131,22 @@ class Fold(Protocol):
     """One reading of one sensor while it is being taken."""
 
     def update(self, piece: Piece) -> None:
-        """Take in what the live model showed in one batch. Pieces come in the order of the plan."""
+        """Take in what the live model showed in one batch. Pieces come in the order of the plan.
+
+        Where several processes share a look, each fold sees some of the batches, and maybe none.
+        """
         ...
 
-    def finish(self, step: int) -> Findings:
-        """Say what was found once all pieces were taken in."""
+    def sums(self) -> Mapping[str, Tensor]:
+        """All that was taken in, as tensors that can be added up.
+
+        Tensors of the same names, shapes and dtypes from folds that saw other pieces come, added up, to what one fold
+        would hold that saw all of them: sums, or rows that only the fold which saw their position fills in.
+        """
+        ...
+
+    def finish(self, step: int, sums: Mapping[str, Tensor]) -> Findings:
+        """Say what was found, from the sums over all pieces. In one process those are its own."""
         ...
 
 

@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from diffsensor.capture import Capture, adapter_off, leave_no_trace, refuse_changed_base
+from diffsensor.capture import Capture, adapter_off, class_name, leave_no_trace, refuse_changed_base
+from diffsensor.checksums import checksum, digest
 from diffsensor.errors import (
     CorruptFileError,
     DiffSensorError,
@@ -26,17 +27,18 @@ from diffsensor.errors import (
     ReferenceMismatchError,
     StorageError,
 )
-from diffsensor.head import GivenLogits, LinearHead, checksum, digest, full_precision
-from diffsensor.metrics.tiles import reference_rows, tile_shape, tiles, token_mass
+from diffsensor.head import GivenLogits, LinearHead, full_precision
+from diffsensor.metrics.tiles import on_grid, reference_rows, tile_shape, tiles, token_mass
 from diffsensor.probes import ProbeSet
 from diffsensor.protocols import OutputHead
+from diffsensor.ranks import Ranks
 from diffsensor.statistics import strata_of
 from diffsensor.storage.checked_json import json_bytes, read_json
 from diffsensor.types import Context, Piece, Plan, ReferenceRows
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "diffsensor reference 1"
+_FORMAT = "diffsensor reference 2"
 _ROWS = ("hidden", "top", "top_probability", "log_partition", "log_sum", "entropy", "target_logprob")
 _TENSORS, _META = "answers.safetensors", "meta.json"
 #: A head that is frozen is kept too, up to this size: should it ever change, both heads are compared.
@@ -80,6 +82,7 @@ class Reference:
         self.context = Context(**meta["context"])
         self.hookpoints: tuple[str, ...] = tuple(meta["hookpoints"])
         self.head_trains: bool = meta["head"]["trains"]
+        self.temperature: float = meta["temperature"]
         self.plan: Plan = probes.plan(meta["packed"])
         self._head = meta["head"]
         self._tensors = tensors
@@ -94,6 +97,7 @@ class Reference:
         *,
         model_path: str | None = None,
         adapter: bool = False,
+        temperature: float = 1.0,
     ) -> "Reference":
         """Ask the model as it is now, or open what it answered before if nothing that matters has changed.
 
@@ -104,12 +108,14 @@ class Reference:
             cache_dir: where answers are kept, one directory for each fingerprint; `cache_directory()` by default.
             hookpoints: "auto" for at most 8 evenly spaced blocks, or names and globs of sub-modules.
             model_path: where in `model` the language model is, needed only where there are several.
+            temperature: what logits are divided by, as a policy's are when it samples.
 
-        Raises `ProbeError` where the probes do not fit the model, `CaptureError` or `HookpointError` where the
-        model cannot be looked at, `NonFiniteError` where it answers NaN, `StorageError` where the cache cannot
-        be written.
+        In a run of several processes all of them call it. Raises `ProbeError` where the probes do not fit the model,
+        `CaptureError` or `HookpointError` where the model cannot be looked at, `NonFiniteError` where it answers NaN,
+        `StorageError` where the cache cannot be written.
         """
-        capture = Capture(model, hookpoints, model_path)
+        ranks = Ranks.now()
+        capture = Capture(model, hookpoints, model_path, temperature=temperature)
         if not adapter:
             refuse_changed_base(capture.root, "Reference.build(model, probes, adapter=True)")
         with leave_no_trace(capture.root), adapter_off(capture.root, leave_on=adapter):
@@ -118,15 +124,14 @@ class Reference:
             if probes.is_text and not capture.is_causal_lm:
                 probes.check_vocab(capture.head().vocab_size)
             packed = capture.is_causal_lm and packing_pays(probes) and takes_packed_rows(capture, probes)
-            identity = _identity(capture, probes, packed, adapter=adapter)
+            identity = _identity(capture, probes, packed, adapter=adapter) | {"temperature": float(temperature)}
             fingerprint = digest(json.dumps(identity, sort_keys=True))
             directory = Path(cache_dir or cache_directory() / "references") / fingerprint[:24]
-            if directory.exists():
-                try:
-                    return cls.open(directory, probes)
-                except CorruptFileError as error:
-                    logger.warning("%s It is computed anew, from the same weights.", error)
-                    shutil.rmtree(directory, ignore_errors=True)
+            known = cls._reopened(directory, probes)
+            # Either none asks the model, or all do: its forward pass may need all of them.
+            if all(ranks.each("reference at hand", known is not None)):
+                assert known is not None
+                return known
             try:
                 answers = _ask(capture, probes.plan(packed), probes)
             except NonFiniteError:
@@ -135,8 +140,24 @@ class Reference:
                     _ask(capture, probes.plan(False, batch_tokens=1), probes)
                 raise
         meta = identity | {"fingerprint": fingerprint, "checksums": {name: checksum(t) for name, t in answers.items()}}
-        _keep(directory, meta, answers)
+        if ranks.is_first:
+            _keep(directory, meta, answers)
+        ranks.each("reference kept", None)
+        if not directory.exists():  # a process on another machine, with files of its own
+            _keep(directory, meta, answers)
         return cls.open(directory, probes)
+
+    @classmethod
+    def _reopened(cls, directory: Path, probes: ProbeSet) -> "Reference | None":
+        """What is there already; None where nothing is, or nothing that can be read."""
+        if not directory.exists():
+            return None
+        try:
+            return cls.open(directory, probes)
+        except CorruptFileError as error:
+            logger.warning("%s It is computed anew, from the same weights.", error)
+            shutil.rmtree(directory, ignore_errors=True)
+            return None
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str], probes: ProbeSet) -> "Reference":
@@ -236,6 +257,7 @@ class Reference:
             bias=None if bias is None else bias.clone().to(self.context.device),
             scale=self._head["scale"],
             softcap=self._head["softcap"],
+            temperature=self.temperature,
         )
 
 
@@ -330,7 +352,7 @@ def _identity(capture: Capture, probes: ProbeSet, packed: bool, *, adapter: bool
         head["vocab_size"] = live.vocab_size
     return {
         "format_name": _FORMAT,
-        "model": type(capture.root).__name__,
+        "model": class_name(capture.root),
         "settings": _settings(capture.root),
         "weights": digest(*(f"{name} {checksum(tensor)}" for name, tensor in sorted(state.items()))),
         "probes": probes.fingerprint,
@@ -351,7 +373,8 @@ def _settings(root: nn.Module) -> str:
 
 def _ask(capture: Capture, plan: Plan, probes: ProbeSet) -> dict[str, Tensor]:
     """The answers themselves, as tensors with one row for each counted position."""
-    strata = strata_of(probes).weights[:, plan.probe].to(capture.device)
+    weighting = strata_of(probes)
+    strata = weighting.weights[:, plan.probe].to(capture.device)
     columns: dict[str, list[Tensor]] = {}
     mass: Tensor | None = None
     head: LinearHead | GivenLogits | None = None
@@ -366,7 +389,7 @@ def _ask(capture: Capture, plan: Plan, probes: ProbeSet) -> dict[str, Tensor]:
                 rows, weights, scale = reference_rows(head, hidden, plan.target[part].to(capture.device))
                 if mass is None:
                     mass = torch.zeros(len(strata), head.vocab_size, dtype=torch.float64, device=capture.device)
-                mass += token_mass(weights, scale, strata[:, part])
+                mass += on_grid(token_mass(weights, scale, strata[:, part]), weighting.grid)
                 if isinstance(head, LinearHead) and head.is_linear and not capture.trains_head:
                     mean = _mean_unembedding(head, weights, scale)
                     columns.setdefault("mean_unembedding", []).append(mean.cpu())

@@ -30,6 +30,15 @@ class Strata:
     names: tuple[str, ...]
     weights: Float[Tensor, "stratum probe"]
 
+    @property
+    def grid(self) -> float:
+        """To multiples of this, weighted sums of probabilities are rounded before they are added up.
+
+        A power of 2, 2^-32 of the largest weight: such numbers add up in float64 without rounding, up to 2^20
+        positions, so that the order, and how many processes share the work, changes no bit of the result.
+        """
+        return 2.0 ** (math.frexp(float(self.weights.max()))[1] - 32)
+
 
 def strata_of(probes: Probes) -> Strata:
     weights = probes.weights.double()

@@ -18,12 +18,13 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
     ({"errors"}, {"types"}),
     ({"protocols"},),
     (
+        {"checksums", "ranks"},
         {"head", "loading", "schedules", "statistics", "storage"},
         {"capture", "metrics", "probes"},
     ),
     ({"actions", "control", "reference", "rules", "sinks"}, {"gate"}),
     ({"sensors"},),
-    ({"record"}, {"noise_floor", "oversight"}, {"monitor"}),
+    ({"record"}, {"look", "noise_floor", "oversight"}, {"monitor"}),
     ({"calibrate_command", "commands", "probes_command", "report"}, {"cli"}),
 )
 ORDER = [step for floor in FLOORS for step in floor]

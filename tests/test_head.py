@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffsensor.head import GivenLogits, LinearHead, checksum, full_precision
+from diffsensor.checksums import checksum
+from diffsensor.head import GivenLogits, LinearHead, full_precision
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool]
 SHAPES = [(5,), (3, 4), (7, 3), (2, 3, 5), (1, 1), (4, 1), ()]

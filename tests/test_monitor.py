@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,14 @@ class Counting:
         self.seen += len(piece.hidden)
         self._fail("update")
 
-    def finish(self, step: int) -> Findings:
+    def sums(self) -> dict[str, Tensor]:
+        self._fail("sums")
+        return {"seen": torch.tensor(self.seen)}
+
+    def finish(self, step: int, sums: Mapping[str, Tensor]) -> Findings:
         self._fail("finish")
         reading = Reading(
-            step=step, sensor=self.name, metric=f"{self.name}_positions", value=float(self.seen), unit="positions"
+            step=step, sensor=self.name, metric=f"{self.name}_positions", value=float(sums["seen"]), unit="positions"
         )
         return Findings(step=step, readings=(reading,))
 

@@ -28,7 +28,6 @@ import diffsensor
 from diffsensor import protocols
 from diffsensor.errors import ConfigError, CorruptFileError, DiffSensorError, ProbeError, StorageError
 from diffsensor.probes import ProbeSet
-from diffsensor.probes.plan import DENSE_BATCH
 from diffsensor.storage.checked_json import json_bytes, read_json
 from diffsensor.types import Plan
 from tiny_tokenizers import CORPUS, Letters, bpe, space_marking, words
@@ -159,7 +158,8 @@ def test_packed_rows_are_full() -> None:
 
 def test_rows_are_stacked_where_padding_costs_less_than_another_pass() -> None:
     def widths(*lengths: int) -> list[list[int]]:
-        plan = from_lists([[1] * length for length in lengths], [[True] * length for length in lengths]).plan(False)
+        probes = from_lists([[1] * length for length in lengths], [[True] * length for length in lengths])
+        plan = probes.plan(False, batch_tokens=1024)
         return [list(batch.inputs["input_ids"].shape) for batch in plan.batches]
 
     assert widths(10, 200, 198) == [[2, 200], [1, 10]]
@@ -712,12 +712,16 @@ def test_tensors_that_cannot_be_probes_are_refused(inputs: Any, mask: Tensor | N
         ProbeSet.from_tensors(inputs, mask)
 
 
-def test_images_are_one_position_each_in_batches_of_64() -> None:
-    images = torch.rand(DENSE_BATCH + 6, 3, 2)
+def test_images_are_one_position_each_in_batches_of_64_at_most() -> None:
+    sizes = {7: [7], 20: [8, 8, 4], 160: [20] * 8, 600: [64] * 9 + [24]}
+    for number, expected in sizes.items():
+        plan = ProbeSet.from_tensors(torch.rand(number, 2)).plan(packed=True)
+        assert [len(batch.index) for batch in plan.batches] == expected
+    images = torch.rand(70, 3, 2)
     plan = ProbeSet.from_tensors(images).plan(packed=True)
     assert torch.equal(torch.cat([batch.args[0] for batch in plan.batches]), images)
-    assert [batch.index.tolist() for batch in plan.batches] == [list(range(64)), list(range(6))]
-    assert [batch.start for batch in plan.batches] == [0, 64]
+    assert [batch.index.tolist() for batch in plan.batches] == [list(range(8))] * 8 + [list(range(6))]
+    assert [batch.start for batch in plan.batches] == list(range(0, 70, 8))
     assert (plan.probe.tolist(), set(plan.target.tolist()), set(plan.offset.tolist())) == ([*range(70)], {-1}, {0})
     assert not plan.packed
 
@@ -728,7 +732,7 @@ def test_a_mask_of_positions_picks_them_out_of_the_flattened_output() -> None:
     probes = ProbeSet.from_tensors({"series": torch.rand(70, 5), "table": torch.zeros(70, 2)}, mask)
     plan = probes.plan(packed=False)
     outputs = torch.arange(70 * 5).view(70, 5)
-    rows = [outputs[:64], outputs[64:]]
+    rows = outputs.split(8)
     got = torch.cat([output.reshape(-1)[batch.index] for output, batch in zip(rows, plan.batches, strict=True)])
     assert torch.equal(got, outputs[mask])
     assert torch.equal(got, plan.probe * 5 + plan.offset)

@@ -1,7 +1,9 @@
 """One model, looked at through its output head and some hookpoints."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Int
@@ -28,8 +30,10 @@ from diffsensor.capture.find import (
     resolve_hookpoints,
 )
 from diffsensor.capture.no_trace import autocast_now, device_of, dtype_named
+from diffsensor.capture.sharded import holding_of
 from diffsensor.errors import (
     CaptureError,
+    ConfigError,
     HookpointError,
     NonFiniteError,
     ReferenceMismatchError,
@@ -54,21 +58,34 @@ class Capture:
             to the language model ("model.layers.3", "model.layers.*.mlp"); an empty sequence for none. Whatever an
             output has beyond its positions (channels, height and width of an image) counts as one long vector.
         path: where in `model` the language model is, needed only where there are several.
+        temperature: what logits are divided by, as a policy's are when it samples.
 
     Raises `CaptureError` where the model cannot be looked at, `HookpointError` for a name it does not have.
     """
 
-    def __init__(self, model: nn.Module, hookpoints: str | Sequence[str] = "auto", path: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        hookpoints: str | Sequence[str] = "auto",
+        path: str | None = None,
+        *,
+        temperature: float = 1.0,
+    ) -> None:
+        require_temperature(temperature)
         self.root = find_model(model, path)
         require_one_device(self.root)
         refuse_virtual_tokens(self.root)
         self._head_module = output_embeddings(self.root)
         self.is_causal_lm = self._head_module is not None
+        #: How the processes of the run hold the model.
+        self.holding = holding_of(self.root, self._head_module)
         self.modules = resolve_hookpoints(self.root, hookpoints, self._head_module)
-        self.device = device_of(self.root)
+        self.device = self.holding.device or device_of(self.root)
         #: Whether the optimizer may move a parameter that the logits are made with.
         self.trains_head = self._head_module is None or any(p.requires_grad for p in self._head_module.parameters())
         self._width = 0
+        self._temperature = float(temperature)
+        self._computed_in: torch.dtype | None = None
         self._autocast = autocast_now(self.device)
         self._scale: float = 1.0
         self._softcap: float | None = None
@@ -86,9 +103,11 @@ class Capture:
         if self._head_module is None:
             if self._num_logits is None:
                 raise CaptureError("This module has not been run yet, so the number of its logits is not known.")
-            return GivenLogits(vocab_size=self._num_logits)
+            return GivenLogits(vocab_size=self._num_logits, temperature=self._temperature)
         weight, bias = linear_map(self._head_module, self._width)
-        return LinearHead(weight=weight, bias=bias, scale=self._scale, softcap=self._softcap)
+        return LinearHead(
+            weight=weight, bias=bias, scale=self._scale, softcap=self._softcap, temperature=self._temperature
+        )
 
     def context(self) -> Context:
         """The circumstances of the last look at the model.
@@ -98,8 +117,10 @@ class Capture:
         device = self.device.type
         config = getattr(self.root, "config", None)
         parameter = next(self.root.parameters(), None)
+        # What is sharded may be gathered in another dtype than it is kept in.
+        gathered = self._computed_in if self.holding.is_shared else None
         return Context(
-            dtype=str(None if parameter is None else parameter.dtype),
+            dtype=str(gathered or (None if parameter is None else parameter.dtype)),
             autocast=self._autocast,
             attention=str(getattr(config, "_attn_implementation", "")),
             device=device,
@@ -203,7 +224,7 @@ class Capture:
         worst = []
         for scale, softcap in known_forms(config):
             self._scale, self._softcap = scale, softcap
-            head = self.head()
+            head = replace(self.head(), temperature=1.0)
             with full_precision(self.device):
                 made = head.logits(states, 0, head.vocab_size)
             error = float((made - own).abs().max() / own.abs().max().clamp_min(1e-30))
@@ -216,17 +237,41 @@ class Capture:
             "changes the logits after the head, and readings made from the head would be wrong."
         )
 
-    def pieces(self, plan: Plan) -> Iterator[Piece]:
+    def pieces(self, plan: Plan, shares: Sequence[Sequence[int]] | None = None, rank: int = 0) -> Iterator[Piece]:
         """Run the plan, batch by batch, and hand out what the model shows at the counted positions.
 
-        To be used inside `leave_no_trace`.
+        With `shares`, only the batches of process `rank`. Where the processes make each forward pass together, all
+        make as many: whoever has fewer batches runs the smallest once more for nobody, and one that finds something
+        wrong goes on to the end before it raises. To be used inside `leave_no_trace`.
         """
+        mine = range(len(plan.batches)) if shares is None else shares[rank]
+        failure: Exception | None = None
         with self._hooked() as shown:
-            for batch in plan.batches:
-                inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()}
-                args = tuple(tensor.to(self.device) for tensor in batch.args)
-                hidden, _ = self._run(inputs, args, cut=True)
-                yield self._piece(batch, hidden, shown)
+            for place in mine:
+                try:
+                    piece = self._look(plan.batches[place], shown)
+                except Exception as error:
+                    if not self.holding.is_shared:
+                        raise
+                    failure = failure or error
+                    continue
+                if failure is None:
+                    yield piece
+            if self.holding.is_shared and shares is not None:
+                smallest = min(plan.batches, key=lambda batch: torch.Size(batch.leading).numel())
+                for _ in range(max(map(len, shares)) - len(mine)):
+                    with contextlib.suppress(Exception):
+                        self._look(smallest, shown)
+        if failure is not None:
+            raise failure
+
+    def _look(self, batch: Batch, shown: dict[str, list[Tensor]]) -> Piece:
+        for outputs in shown.values():
+            outputs.clear()
+        inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()}
+        args = tuple(tensor.to(self.device) for tensor in batch.args)
+        hidden, _ = self._run(inputs, args, cut=True)
+        return self._piece(batch, hidden, shown)
 
     def _piece(self, batch: Batch, hidden: Tensor, shown: dict[str, list[Tensor]]) -> Piece:
         index = batch.index.to(self.device)
@@ -300,12 +345,14 @@ class Capture:
             inputs, args = {}, (inputs["input_ids"],)
         if self._head_module is None:
             output = self.root(*args, **inputs)
+            self._computed_in = logits_of(output).dtype
             return logits_of(output), output
         got: list[Tensor] = []
 
         def take(_module: nn.Module, head_args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             got.append(head_args[0])
             self._width, self._autocast = head_args[0].shape[-1], autocast_now(self.device)
+            self._computed_in = head_args[0].dtype
             return (head_args[0][..., :0, :], *head_args[1:]) if cut else None
 
         handle = self._head_module.register_forward_pre_hook(take)
@@ -315,12 +362,21 @@ class Capture:
             output = self.root(*args, **inputs, **options)
         finally:
             handle.remove()
+        self.holding.show_head()
         if len(got) != 1:
             raise CaptureError(
                 f"The output head ran {len(got)} times in one forward pass, expected once. "
                 "Name the sub-module that is the language model: model_path='...'."
             )
         return got[0], output
+
+
+def require_temperature(temperature: object) -> None:
+    is_number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if not is_number or not 0 < temperature < math.inf:
+        raise ConfigError(
+            f"temperature={temperature!r} was given, expected a number above 0: 1.0, or what the policy samples at."
+        )
 
 
 def require_same_context(there: Context, here: Context) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from diffsensor.capture.sharded import sharded_again
+
 
 @contextlib.contextmanager
 def leave_no_trace(model: nn.Module) -> Iterator[None]:
@@ -18,13 +20,15 @@ def leave_no_trace(model: nn.Module) -> Iterator[None]:
     the random number generators of Python, NumPy, torch and every CUDA device in use. Autocast goes on as
     the caller has it, without its weight cache, whose entries would carry no gradient. Compiled models run
     eagerly, so that no graph is added and late hooks fire. Gradients are off by `no_grad`; tensors that
-    `inference_mode` touches could not be saved for backward later, so it is switched off where it is on.
+    `inference_mode` touches could not be saved for backward later, so it is switched off where it is on. Parameters
+    that were sharded are sharded again.
     """
     modes = [(module, module.training) for module in model.modules()]
     device = device_of(model)
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_states_kept())
         stack.callback(_set_modes, modes)
+        stack.enter_context(sharded_again(model))
         if "torch._dynamo" in sys.modules:  # nothing is compiled where it was never imported, and it is slow to import
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.inference_mode(mode=False))

@@ -3,9 +3,10 @@
 import logging
 import time
 from pathlib import Path
-from typing import final
+from typing import Literal, final
 
 from diffsensor.errors import ConfigError, RefusedError
+from diffsensor.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -15,8 +16,7 @@ class PauseFile:
     """Writes a file that says why the run waits, and returns once it has been removed.
 
     Ctrl-C ends the wait as it would end a step, and removes the file. A file that an earlier run left is overwritten.
-    Other processes of the same run wait meanwhile for this one at their next exchange, and give up when their timeout
-    is over (of NCCL 10 minutes by default): in a run of several processes, give a shorter `timeout`.
+    In a run of several processes all of them wait: the first one looks at its file and tells the others at each look.
 
     Arguments:
         file: where. The default is PAUSED in the current directory.
@@ -34,6 +34,18 @@ class PauseFile:
 
     def wait(self, reason: str) -> bool:
         """Whether a person let the run go on; False after the timeout. Raises `RefusedError` where it cannot write."""
+        ranks = Ranks.now()
+        ranks.told("pause", lambda: self._begin(reason))
+        begun = time.monotonic()
+        try:
+            while (answer := ranks.told("pause", lambda: self._answer(begun))) == "wait":
+                time.sleep(self.every)
+            return answer == "go on"
+        finally:
+            if ranks.is_first:
+                self.file.absolute().unlink(missing_ok=True)
+
+    def _begin(self, reason: str) -> None:
         file = self.file.absolute()
         until = "" if self.timeout is None else f" If it is still there after {self.timeout:g} s, the run stops."
         try:
@@ -43,12 +55,9 @@ class PauseFile:
                 f"The run cannot wait: {file} cannot be written ({error.strerror}). Name another place for it."
             ) from error
         logger.warning("The run waits until %s is removed.%s Reason: %s", file, until, reason)
-        begun = time.monotonic()
-        try:
-            while file.exists():
-                if self.timeout is not None and time.monotonic() - begun >= self.timeout:
-                    return False
-                time.sleep(self.every)
-            return True
-        finally:
-            file.unlink(missing_ok=True)
+
+    def _answer(self, begun: float) -> Literal["wait", "go on", "stop"]:
+        if not self.file.absolute().exists():
+            return "go on"
+        is_over = self.timeout is not None and time.monotonic() - begun >= self.timeout
+        return "stop" if is_over else "wait"

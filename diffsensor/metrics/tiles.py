@@ -407,6 +407,11 @@ def token_mass(
     return (strata.float() / scale.float()) @ weights
 
 
+def on_grid(sums: Float[Tensor, "stratum vocab"], grid: float) -> Float[Tensor, "stratum vocab"]:
+    """In float64, rounded to multiples of `grid`: see `Strata.grid`."""
+    return sums.double().div_(grid).round_().mul_(grid)
+
+
 def tiles(size: int, width: int) -> Iterator[tuple[int, int]]:
     for start in range(0, size, width):
         yield start, min(start + width, size)
@@ -434,7 +439,7 @@ def _difference_at(
         return None
     if ref_head is live_head or not (ref_head.is_linear and live_head.is_linear):
         return None
-    if ref_head.scale != live_head.scale:
+    if ref_head.factor != live_head.factor:
         return None
     live, step = hidden.float(), hidden.float() - ref.hidden.float()
     columns = []
@@ -443,14 +448,15 @@ def _difference_at(
         difference = torch.linalg.vecdot(here - there, live) + torch.linalg.vecdot(there, step)
         if ref_head.bias is not None and live_head.bias is not None:
             difference += live_head.bias[tokens].float() - ref_head.bias[tokens].float()
-        columns.append(difference * live_head.scale)
+        columns.append(difference * live_head.factor)
     return torch.stack(columns, dim=1)
 
 
 def _is_same_head(one: OutputHead, other: OutputHead) -> bool:
     if not (isinstance(one, LinearHead) and isinstance(other, LinearHead)):
         return one is other
-    if (one.scale, one.softcap, one.bias is None) != (other.scale, other.softcap, other.bias is None):
+    forms = [(head.factor, head.softcap, head.temperature, head.bias is None) for head in (one, other)]
+    if forms[0] != forms[1]:
         return False
     biases = one.bias is None or other.bias is None or torch.equal(one.bias, other.bias)
     return biases and torch.equal(one.weight, other.weight)

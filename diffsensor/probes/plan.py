@@ -7,13 +7,14 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from diffsensor.checksums import checksum, digest
 from diffsensor.errors import ConfigError
-from diffsensor.head import checksum, digest
 from diffsensor.types import Batch, Plan
 
-DENSE_BATCH = 64
 # What one more forward pass costs beside its tokens: the weights are read once more. A rough figure will do.
 _TOKENS_PER_PASS = 64
+# Into how many batches the tokens are cut where that leaves enough for each: how many processes can share them.
+_SHARES = 8
 # Any id that every vocabulary has; nothing counted ever sees it. A tokenizer's pad id may lie outside the embedding.
 _PADDING = 0
 
@@ -24,7 +25,7 @@ def plan_tokens(
     *,
     packed: bool,
     row_tokens: int = 256,
-    batch_tokens: int = 1024,
+    batch_tokens: int | None = None,
     causal: bool = True,
 ) -> Plan:
     """The plan for probes that are text.
@@ -36,8 +37,11 @@ def plan_tokens(
     right; under causal attention that needs no mask, otherwise `attention_mask` is given too.
 
     Rows of similar width are stacked into batches of at most `batch_tokens` tokens with padding, at least one
-    row, in the way that costs least. A counted position is one whose next token is counted.
+    row, in the way that costs least. Where none is given that is an eighth of all tokens, from 256 to 1024: enough
+    batches to be shared by several processes. A counted position is one whose next token is counted.
     """
+    if batch_tokens is None:
+        batch_tokens = min(max(sum(len(ids) for ids in tokens) // _SHARES, 256), 1024)
     if row_tokens < 1 or batch_tokens < 1:
         raise ConfigError(
             f"row_tokens={row_tokens} and batch_tokens={batch_tokens} were given; both must be at least 1."
@@ -94,7 +98,7 @@ def plan_tokens(
 def plan_dense(
     args: Sequence[Tensor], inputs: Mapping[str, Tensor], mask: Bool[Tensor, "probe pos"] | None, num_probes: int
 ) -> Plan:
-    """The plan for probes that are no text: batches of at most 64 of them.
+    """The plan for probes that are no text: batches of an eighth of them, from 8 to 64.
 
     Without a mask each probe is one position. Nothing here has a next token, so each target is -1.
     """
@@ -103,8 +107,9 @@ def plan_dense(
     probe, offset = mask.nonzero(as_tuple=True)
     batches: list[Batch] = []
     at = 0
-    for first in range(0, num_probes, DENSE_BATCH):
-        rows = slice(first, first + DENSE_BATCH)
+    size = min(max(num_probes // _SHARES, 8), 64)
+    for first in range(0, num_probes, size):
+        rows = slice(first, first + size)
         marks = mask[rows]
         index = marks.reshape(-1).nonzero()[:, 0]
         batches.append(
@@ -130,6 +135,20 @@ def checksum_of(plan: Plan) -> str:
             for tensor in (*batch.args, *(batch.inputs[name] for name in sorted(batch.inputs)), batch.index)
         )
     )
+
+
+def shares_of(plan: Plan, size: int) -> list[list[int]]:
+    """Which batches each of `size` processes runs: whole ones, for another layout would move the last digits.
+
+    The largest first, each to whoever has fewest tokens so far, and fewest batches among those. A process may get
+    none, but not the first one.
+    """
+    tokens = [torch.Size(batch.leading).numel() for batch in plan.batches]
+    shares: list[list[int]] = [[] for _ in range(size)]
+    for place in sorted(range(len(tokens)), key=lambda place: (-tokens[place], place)):
+        least = min(shares, key=lambda share: (sum(tokens[other] for other in share), len(share)))
+        least.append(place)
+    return [sorted(share) for share in shares]
 
 
 def split_otherwise(plan: Plan) -> Plan:

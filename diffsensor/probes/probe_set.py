@@ -379,7 +379,9 @@ class ProbeSet:
             [value[:1] for value in self._args], {name: value[:1] for name, value in self._inputs.items()}, marks, 1
         ).batches[0]
 
-    def plan(self, packed: bool, *, row_tokens: int = 256, batch_tokens: int = 1024, causal: bool = True) -> Plan:
+    def plan(
+        self, packed: bool, *, row_tokens: int = 256, batch_tokens: int | None = None, causal: bool = True
+    ) -> Plan:
         """What is run together; for dense probes the arguments change nothing. See `diffsensor.probes.plan`."""
         if not self.is_text:
             return plan_dense(self._args, self._inputs, self._mask, len(self))

@@ -8,30 +8,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from diffsensor.statistics import Estimate, Strata, ratio_means
+from diffsensor.statistics import Estimate, Strata
 from diffsensor.types import WORST_GROUP, MetricInfo, Reading
 
 
-class ProbeSums:
-    """Sums over the positions of each probe, added up piece by piece."""
-
-    def __init__(self, num_probes: int) -> None:
-        self.sums = torch.zeros(num_probes, dtype=torch.float64)
-        self.counts = torch.zeros(num_probes, dtype=torch.float64)
-
-    def add(self, values: Float[Tensor, " pos"], owner: Int[Tensor, " pos"]) -> None:
-        # bincount adds in a fixed order on a CPU; on a GPU it does not, and a reading must repeat to the last bit.
-        owner, size = owner.cpu(), len(self.sums)
-        self.sums += torch.bincount(owner, weights=values.cpu().double(), minlength=size)
-        self.counts += torch.bincount(owner, minlength=size)
-
-    def by_probe(self) -> Float[Tensor, " probe"]:
-        """The mean of each probe, NaN where it has no counted position."""
-        return self.sums / self.counts
-
-    def means(self, strata: Strata) -> list[Estimate]:
-        """The mean over counted positions in each stratum."""
-        return ratio_means(self.sums[None], self.counts, strata.weights)
+def probe_sums(values: Float[Tensor, " pos"], owner: Int[Tensor, " pos"], num_probes: int) -> Float[Tensor, " probe"]:
+    """The sums over the positions of each probe."""
+    # bincount adds in a fixed order on a CPU; on a GPU it does not, and a reading must repeat to the last bit.
+    return torch.bincount(owner.cpu(), weights=values.cpu().double(), minlength=num_probes)
 
 
 def readings_of(

@@ -18,12 +18,12 @@ from diffsensor.metrics.outputs import (
     OUTPUT_METRICS,
     OutputMetric,
 )
-from diffsensor.metrics.tiles import FullPass, LightPass, Sums, tiles
+from diffsensor.metrics.tiles import FullPass, LightPass, Sums, on_grid, tiles
 from diffsensor.protocols import OutputHead, ReferenceAnswers
-from diffsensor.sensors.means import ProbeSums, readings_of
+from diffsensor.sensors.means import probe_sums, readings_of
 from diffsensor.sensors.tails import quantile, worst_mean
 from diffsensor.sensors.token_table import token_table
-from diffsensor.statistics import Estimate, strata_of
+from diffsensor.statistics import Estimate, ratio_means, strata_of
 from diffsensor.types import Cost, Findings, MetricInfo, Piece, Reading, TokenShift
 
 logger = logging.getLogger(__name__)
@@ -68,25 +68,34 @@ class OutputsFold:
         if bool((reference.plan.target < 0).any()):
             self._metrics = tuple(metric for metric in self._metrics if metric.info.name != "nll_change")
         self._folds = {metric.info.name: metric.fold for metric in self._metrics if metric.fold is not None}
-        self._values: dict[str, list[Tensor]] = {}
-        self._hidden: list[Tensor] = []
-        self._mass: Tensor | None = None
-        self._logits: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}
         self._light: LightPass | None = None
         self._full: FullPass | None = None
 
     def update(self, piece: Piece) -> None:
         device = piece.hidden.device
-        if self._mass is None:
+        if not self._sums:
+            self._sums = self._empty(device)
             self._begin(device)
         with full_precision(device):
             for start, stop in tiles(len(piece.hidden), self._shape_rows()):
                 self._compare(piece.hidden[start:stop], piece.positions.start + start)
-        self._hidden.append(piece.hidden)
+        self._sums["hidden"][piece.positions] = piece.hidden
+
+    def _empty(self, device: torch.device) -> dict[str, Tensor]:
+        """A row for each position of what is read at each, and the sums over positions."""
+        num_positions, vocab_size = self._reference.plan.num_positions, self._live_head.vocab_size
+        names = [metric.info.name for metric in self._metrics] + ["max_gain", "log_ratio"]
+        sums = {name: torch.zeros(num_positions, dtype=torch.float64, device=device) for name in names}
+        hidden = self._reference.rows(slice(0, 1), device).hidden
+        sums["hidden"] = hidden.new_zeros(num_positions, hidden.shape[1])
+        strata = (len(self._strata.names), vocab_size)
+        sums["mass"] = torch.zeros(strata, dtype=torch.float64, device=device)
+        if not self._live_head.is_linear:
+            sums["logits"] = torch.zeros(strata, dtype=torch.float64, device=device)
+        return sums
 
     def _begin(self, device: torch.device) -> None:
-        size = (1 + len(self._reference.probes.group_names), self._live_head.vocab_size)
-        self._mass = torch.zeros(size, dtype=torch.float64, device=device)
         one_is_enough = (
             self._ref_head is self._live_head
             and self._live_head.is_linear
@@ -96,8 +105,6 @@ class OutputsFold:
             self._full = FullPass(self._ref_head, self._live_head, device)
         else:
             self._light = LightPass(self._live_head, device, None if one_is_enough else self._ref_head)
-        if not self._live_head.is_linear:
-            self._logits = torch.zeros(size, dtype=torch.float64, device=device)
 
     def _shape_rows(self) -> int:
         part = self._light or self._full
@@ -108,42 +115,46 @@ class OutputsFold:
         positions = slice(start, start + len(hidden))
         ref = self._reference.rows(positions, hidden.device)
         strata = self._reference.strata(positions, hidden.device)
-        assert self._mass is not None
+        logits = self._sums.get("logits")
         if self._light is not None:
-            sums, mass = self._light.compare(hidden, ref, strata, self._logits)
+            sums, mass = self._light.compare(hidden, ref, strata, logits)
         else:
             assert self._full is not None
-            sums, mass = self._full.compare(hidden, ref, strata, self._folds, logit_sums=self._logits)
-        self._mass += mass
+            sums, mass = self._full.compare(hidden, ref, strata, self._folds, logit_sums=logits)
+        self._sums["mass"] += on_grid(mass, self._strata.grid)
         for name, values in self._of_each_position(sums).items():
-            self._values.setdefault(name, []).append(values)
+            self._sums[name][positions] = values
 
     def _of_each_position(self, sums: Sums) -> dict[str, Float[Tensor, " pos"]]:
         found = {metric.info.name: metric.finish(sums) for metric in self._metrics}
         found |= {"max_gain": sums.max_gain, "log_ratio": sums.log_ratio}
         return {name: values for name, values in found.items() if values is not None}
 
-    def finish(self, step: int) -> Findings:
-        assert self._mass is not None
-        values = {name: torch.cat(parts) for name, parts in self._values.items()}
-        hidden = torch.cat(self._hidden)
+    def sums(self) -> Mapping[str, Tensor]:
         if self._light is not None:
             self._light.forget()
+        return self._sums or self._empty(torch.device("cpu"))
+
+    def finish(self, step: int, sums: Mapping[str, Tensor]) -> Findings:
+        values, hidden = dict(sums), sums["hidden"]
+        mass, logits = values.pop("mass"), values.pop("logits", None)
+        del values["hidden"]
         name, reference = self._sensor.name, self._reference
+        owner, num_probes = reference.plan.probe, len(reference.probes.names)
+        counts = torch.bincount(owner, minlength=num_probes)
         readings: list[Reading] = []
         by_probe: dict[str, Tensor] = {}
         for metric in self._metrics:
-            sums = ProbeSums(len(reference.probes.names))
-            sums.add(values[metric.info.name], reference.plan.probe)
-            by_probe[metric.info.name] = sums.by_probe()
-            readings += readings_of(sums.means(self._strata), metric.info, self._strata, sensor=name, step=step)
+            totals = probe_sums(values[metric.info.name], owner, num_probes)
+            by_probe[metric.info.name] = totals / counts
+            means = ratio_means(totals[None], counts, self._strata.weights)
+            readings += readings_of(means, metric.info, self._strata, sensor=name, step=step)
         if self._sensor.cost == "full":
             kl = values["kl_ref_live"].cpu()
-            owner, size = reference.plan.probe, len(reference.probes.names)
             for info, tail in ((KL_P95, quantile), (KL_WORST1, worst_mean)):
-                estimates = [tail(kl, owner, weights, size) for weights in self._strata.weights]
+                estimates = [tail(kl, owner, weights, num_probes) for weights in self._strata.weights]
                 readings += readings_of(estimates, info, self._strata, sensor=name, step=step)
-        moved = self._mass_moved(hidden.device)
+        moved = self._mass_moved(mass)
         readings += self._mass_readings(moved, step)
         readings += self._gain_readings(values, hidden, step)
         shifts: tuple[TokenShift, ...] = ()
@@ -165,18 +176,17 @@ class OutputsFold:
                     live_head=self._live_head,
                     hidden=hidden,
                     mass_moved=moved,
-                    logit_sums=self._logits,
+                    logit_sums=logits,
                     log_ratio=values["log_ratio"],
                     step=step,
                 )
         return Findings(step=step, readings=tuple(readings), token_shifts=shifts, by_probe=by_probe)
 
-    def _mass_moved(self, device: torch.device) -> Float[Tensor, "stratum vocab"]:
+    def _mass_moved(self, mass: Float[Tensor, "stratum vocab"]) -> Float[Tensor, "stratum vocab"]:
         """mean(p) - mean(q) over the counted positions of each stratum."""
-        assert self._mass is not None
         everywhere = slice(0, self._reference.plan.num_positions)
-        total = self._reference.strata(everywhere, device).sum(1, keepdim=True)
-        summed = self._mass if self._full is not None else self._mass - self._reference.token_mass().to(device)
+        total = self._reference.strata(everywhere, mass.device).sum(1, keepdim=True)
+        summed = mass if self._sensor.cost == "full" else mass - self._reference.token_mass().to(mass.device)
         return summed / total
 
     def _mass_readings(self, moved: Float[Tensor, "stratum vocab"], step: int) -> list[Reading]:
@@ -189,7 +199,7 @@ class OutputsFold:
         everywhere = slice(0, self._reference.plan.num_positions)
         members = self._reference.strata(everywhere, hidden.device) > 0
         gains = limits = values["max_gain"]
-        if self._light is not None:
+        if self._sensor.cost == "light":
             gains, limits = self._search_gains(limits, hidden, members)
         largest, bounds = [], []
         for member in members:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -106,7 +107,7 @@ def _mean_logit_difference(
     share = (strata / strata.sum(1, keepdim=True)).float()
     live, ref = share @ hidden.float(), share @ ref_hidden.float()
     if live_head is ref_head and isinstance(live_head, LinearHead):
-        bare = LinearHead(weight=live_head.weight, scale=live_head.scale)
+        bare = replace(live_head, bias=None)
         return bare.logits(live - ref, 0, bare.vocab_size).double()
     size = live_head.vocab_size
     return live_head.logits(live, 0, size).double() - ref_head.logits(ref, 0, size).double()
