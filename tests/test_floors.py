@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
     ),
     ({"actions", "control", "reference", "rules", "sinks"}, {"gate"}),
     ({"sensors"},),
-    ({"record"}, {"look", "noise_floor", "oversight"}, {"monitor"}),
+    ({"record"}, {"look", "noise_floor", "oversight", "policy"}, {"monitor"}),
     ({"calibrate_command", "commands", "probes_command", "report"}, {"cli"}),
 )
 ORDER = [step for floor in FLOORS for step in floor]
@@ -35,6 +35,7 @@ EXTRAS = {
     "calibrate_command": {"typer"},
     "commands": {"typer"},
     "loading": {"transformers"},
+    "policy": {"yaml"},
     "probes_command": {"rich", "typer"},
     "report": {"jinja2", "matplotlib"},
 }

@@ -1,5 +1,6 @@
 """The fixed inputs that a model is asked again and again: tokenised once, never changed."""
 
+import difflib
 import hashlib
 import json
 import logging
@@ -170,6 +171,30 @@ class ProbeSet:
         source = f"The {type(dataset).__name__}"
         rows = _chosen(dataset, limit, seed, source)
         return cls._from_lines(parse_rows(rows, source), tokenizer, max_length, source)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], tokenizer: AnyTokenizer | None = None) -> "ProbeSet":
+        """The probes of a .jsonl file, of a saved probe set's directory, or "default".
+
+        Raises `ProbeError` where nothing is there, or where a text is to be tokenised and no tokenizer is given.
+        """
+        given = Path(path)
+        if given.is_dir():
+            return cls.load(given, tokenizer)
+        if path != "default" and not given.exists():
+            near = sorted(found.name for found in given.parent.glob("*")) if given.parent.is_dir() else []
+            close = difflib.get_close_matches(given.name, near, n=1)
+            hint = f"Did you mean {close[0]!r}? " if close else ""
+            raise ProbeError(
+                f"No probes are at {str(path)!r}. {hint}Give a .jsonl file, the directory of a saved probe set, or "
+                "'default'."
+            )
+        if tokenizer is None:
+            raise ProbeError(
+                f"The probes {str(path)!r} are text, and no tokenizer was given. Name the directory or the name of the "
+                "model's tokenizer."
+            )
+        return cls.default(tokenizer) if path == "default" else cls.from_jsonl(given, tokenizer)
 
     @classmethod
     def default(cls, tokenizer: AnyTokenizer, max_length: int = 128) -> "ProbeSet":
