@@ -4,13 +4,17 @@ from diffsensor.actions.budget import DriftBudget as DriftBudget
 from diffsensor.control.penalty import KLPenalty as KLPenalty
 from diffsensor.errors import ConfigError as ConfigError
 from diffsensor.errors import DiffSensorError as DiffSensorError
+from diffsensor.errors import RanksError as RanksError
 from diffsensor.errors import RefusedError as RefusedError
+from diffsensor.follow import Followed as Followed
+from diffsensor.follow import FollowedVerdicts as FollowedVerdicts
 from diffsensor.gate import Gate as Gate
 from diffsensor.gate import VerdictLedger as VerdictLedger
 from diffsensor.gate import read_verdict as read_verdict
 from diffsensor.gate import write_verdict as write_verdict
 from diffsensor.monitor import Monitor as Monitor
 from diffsensor.probes import ProbeSet as ProbeSet
+from diffsensor.probes import RollingProbes as RollingProbes
 from diffsensor.protocols import Action as Action
 from diffsensor.protocols import Budget as Budget
 from diffsensor.protocols import Controller as Controller
@@ -18,6 +22,8 @@ from diffsensor.protocols import Rule as Rule
 from diffsensor.protocols import Schedule as Schedule
 from diffsensor.protocols import Sensor as Sensor
 from diffsensor.protocols import Sink as Sink
+from diffsensor.protocols import Teller as Teller
+from diffsensor.ranks import Ranks as Ranks
 from diffsensor.record import RecordContents as RecordContents
 from diffsensor.record import read_record as read_record
 from diffsensor.reference import Reference as Reference

@@ -1,6 +1,7 @@
 """Loading a Hugging Face model or tokenizer by directory or name: the only module that needs transformers."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,25 @@ except ImportError as error:
     ) from error
 
 
-def load_causal_lm(where: str | os.PathLike[str], like: nn.Module | None = None) -> nn.Module:
+def options_of(model: nn.Module) -> dict[str, Any]:
+    """What to load another model with, so that both compute alike: dtype and attention kernel."""
+    options: dict[str, Any] = {
+        "dtype": next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    }
+    if attention := getattr(getattr(model, "config", None), "_attn_implementation", None):
+        options["attn_implementation"] = attention
+    return options
+
+
+def load_causal_lm(
+    where: str | os.PathLike[str], like: nn.Module | None = None, *, options: Mapping[str, Any] | None = None
+) -> nn.Module:
     """A causal LM in evaluation mode; with `like`, in that model's dtype, attention kernel and place.
 
-    Raises `CaptureError` where there is none.
+    `options` are those of another model, from `options_of`, where that one is not at hand any more. Raises
+    `CaptureError` where there is none. A model's own code is never run.
     """
-    options: dict[str, Any] = {}
-    if like is not None:
-        options["dtype"] = next((p.dtype for p in like.parameters() if p.is_floating_point()), torch.float32)
-        if attention := getattr(getattr(like, "config", None), "_attn_implementation", None):
-            options["attn_implementation"] = attention
+    options = dict(options or {}) if like is None else options_of(like)
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(where, **options)
     except (OSError, ValueError, KeyError) as error:
@@ -38,6 +48,22 @@ def load_causal_lm(where: str | os.PathLike[str], like: nn.Module | None = None)
     if like is not None:
         model.to(next(like.parameters()).device)
     return model.eval()
+
+
+def load_adapter(model: nn.Module, where: str | os.PathLike[str]) -> nn.Module:
+    """The model with an adapter that PEFT saved. Raises `CaptureError` where that is none for this model."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ConfigError("An adapter was given, and loading it needs peft: pip install peft") from error
+    try:
+        adapted: nn.Module = PeftModel.from_pretrained(model, os.fspath(where))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CaptureError(
+            f"The adapter in {os.fspath(where)!r} could not be put on {type(model).__name__} ({_first_line(error)}). "
+            "Give the model that it was trained on as the reference."
+        ) from error
+    return adapted.eval()
 
 
 def load_tokenizer(where: str | os.PathLike[str]) -> Any:

@@ -69,7 +69,7 @@ def look_at(
         sums: dict[str, Mapping[str, Tensor]] = {}
         for name, fold in folds.items():
             contained(name, partial(_sum_into, sums, name, fold))
-        failures, whole = _of_all(failed, sums, ranks)
+        failures, whole = _of_all(failed, sums, ranks, step)
         for name in sorted(whole, key=list(folds).index):
             added = ranks.summed(sums[name])
             if ranks.is_first:
@@ -101,14 +101,14 @@ def _opened(
 
 
 def _of_all(
-    failed: Mapping[str, Exception], sums: Mapping[str, Mapping[str, Tensor]], ranks: Ranks
+    failed: Mapping[str, Exception], sums: Mapping[str, Mapping[str, Tensor]], ranks: Ranks, step: int
 ) -> tuple[list[Failure], set[str]]:
     """What failed in any process, and the sensors that did in none: the one exchange by which every look ends."""
     mine = (
         {name: told_of(error) for name, error in failed.items()},
         {name: {key: (tuple(each.shape), str(each.dtype)) for key, each in of.items()} for name, of in sums.items()},
     )
-    reports = ranks.each("look", mine)
+    reports = ranks.each(f"the look at step {step}", mine)
     failures: dict[str, Failure] = {}
     for rank, (their_failed, _) in enumerate(reports):
         for name, told in their_failed.items():

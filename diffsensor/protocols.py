@@ -168,6 +168,35 @@ class Sensor(Protocol):
 
 
 @runtime_checkable
+class Teller(Protocol):
+    """Tells what the loop knows of itself, beside what was read at the same look. Never looks at the model.
+
+    Its state is of plain types and complete: one that is loaded with it goes on as if nothing had happened.
+    """
+
+    @property
+    def name(self) -> str:
+        """The sensor under whose name its readings stand."""
+        ...
+
+    @property
+    def metrics(self) -> Mapping[str, MetricInfo]:
+        """What it tells, by metric name."""
+        ...
+
+    def tell(self, findings: Findings) -> Sequence[Reading]:
+        """What belongs beside these readings; what is not known now is left out.
+
+        Called once for each look; of several processes, in the first one.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
 class Sink(Protocol):
     """Takes findings somewhere: a record, a logger."""
 

@@ -40,6 +40,8 @@ class Ranks:
         self._group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
+        self._depth = 0  # of what is being made, one inside the other
+        self._has_failed = False  # the others were told, and need not be told again on the error's way up
 
     @classmethod
     def now(cls) -> "Ranks":
@@ -78,14 +80,20 @@ class Ranks:
         return result
 
     def _made(self, about: str, make: Callable[[], T]) -> T:
+        self._depth += 1
         try:
             return make()
         except RanksError:
             raise  # the others know it already
         except Exception as error:
-            if self._group is not None:
+            if self._group is not None and not self._has_failed:
+                self._has_failed = True
                 self._tell(_Message(about, failure=f"{type(error).__name__}: {error}"))
             raise
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                self._has_failed = False
 
     def summed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Added up over the processes, for the first one; the others get back what they gave.
@@ -152,7 +160,7 @@ class Due:
         if ranks.size == 1:
             return self._schedule(step)
         if step not in self._known:
-            self._next = ranks.told("next step", partial(self._search, step))
+            self._next = ranks.told(f"what is due from step {step}", partial(self._search, step))
             self._known = range(step, (self._next if self._next >= 0 else step + self._AHEAD - 1) + 1)
         return step == self._next
 

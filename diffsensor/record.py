@@ -3,6 +3,7 @@
     manifest.json    what the run was begun with; written once
     readings.jsonl   the readings; storage/lines.py says what a line is
     tokens.jsonl     the token table
+    bank.jsonl       what a rolling bank held at each look
     alerts.jsonl     what rules told
     actions.jsonl    what was asked of the run, and what became of it
     verdicts.jsonl   what the gate said of checkpoints
@@ -40,7 +41,7 @@ from diffsensor.storage.atomic import TEMPORARY, stage, store
 from diffsensor.storage.checked_json import RESTORE, json_bytes, parse_json, plain, read_json
 from diffsensor.storage.lines import LINE_FILES, append, encode, read_lines, set_aside
 from diffsensor.storage.lock import LOCK, release_lock, take_lock
-from diffsensor.types import ActionTaken, Alert, Findings, Reading, TokenShift, Verdict
+from diffsensor.types import ActionTaken, Alert, BankProbe, Findings, Reading, TokenShift, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class RecordContents:
     manifest: Mapping[str, object]
     readings: tuple[Reading, ...]
     token_shifts: tuple[TokenShift, ...]
+    bank_probes: tuple[BankProbe, ...]
     alerts: tuple[Alert, ...]
     actions: tuple[ActionTaken, ...]
     verdicts: tuple[Verdict, ...]
@@ -228,6 +230,7 @@ def read_record(path: str | os.PathLike[str]) -> RecordContents:
         manifest=manifest,
         readings=tuple(item for item in standing if isinstance(item, Reading)),
         token_shifts=tuple(item for item in standing if isinstance(item, TokenShift)),
+        bank_probes=tuple(item for item in standing if isinstance(item, BankProbe)),
         alerts=tuple(item for item in standing if isinstance(item, Alert)),
         actions=tuple(item for item in standing if isinstance(item, ActionTaken)),
         verdicts=tuple(item for item in standing if isinstance(item, Verdict)),

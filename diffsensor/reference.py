@@ -1,5 +1,6 @@
 """What the reference model answers on the probes: computed once, kept on disk, opened by mmap."""
 
+import contextlib
 import json
 import logging
 import os
@@ -18,9 +19,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from diffsensor.capture import Capture, adapter_off, class_name, leave_no_trace, refuse_changed_base
+from diffsensor.capture import Capture, adapter_names, adapter_off, class_name, leave_no_trace, refuse_changed_base
 from diffsensor.checksums import checksum, digest
 from diffsensor.errors import (
+    ConfigError,
     CorruptFileError,
     DiffSensorError,
     NonFiniteError,
@@ -75,8 +77,15 @@ class Reference:
     Made by `build` from a model, or by `open` from its fingerprint; satisfies `ReferenceAnswers`.
     """
 
-    def __init__(self, directory: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor], probes: ProbeSet):
-        self.directory = directory
+    def __init__(
+        self,
+        directory: Path | None,
+        meta: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        probes: ProbeSet,
+        head: LinearHead | None = None,
+    ):
+        self._directory = directory
         self.probes = probes
         self.fingerprint: str = meta["fingerprint"]
         self.context = Context(**meta["context"])
@@ -85,6 +94,7 @@ class Reference:
         self.temperature: float = meta["temperature"]
         self.plan: Plan = probes.plan(meta["packed"])
         self._head = meta["head"]
+        self._own_head = head
         self._tensors = tensors
 
     @classmethod
@@ -98,6 +108,7 @@ class Reference:
         model_path: str | None = None,
         adapter: bool = False,
         temperature: float = 1.0,
+        keep_head: bool = False,
     ) -> "Reference":
         """Ask the model as it is now, or open what it answered before if nothing that matters has changed.
 
@@ -109,11 +120,27 @@ class Reference:
             hookpoints: "auto" for at most 8 evenly spaced blocks, or names and globs of sub-modules.
             model_path: where in `model` the language model is, needed only where there are several.
             temperature: what logits are divided by, as a policy's are when it samples.
+            keep_head: keep the head with the answers, also where it is large and does not train.
 
         In a run of several processes all of them call it. Raises `ProbeError` where the probes do not fit the model,
         `CaptureError` or `HookpointError` where the model cannot be looked at, `NonFiniteError` where it answers NaN,
-        `StorageError` where the cache cannot be written.
+        `StorageError` where the cache cannot be written, and `RanksError` where another process raises one of these.
         """
+        options = (cache_dir, hookpoints, model_path, adapter, temperature, keep_head)
+        return Ranks.now().together("the reference", lambda: cls._built(model, probes, *options))
+
+    @classmethod
+    def _built(
+        cls,
+        model: nn.Module,
+        probes: ProbeSet,
+        cache_dir: str | os.PathLike[str] | None,
+        hookpoints: str | Sequence[str],
+        model_path: str | None,
+        adapter: bool,
+        temperature: float,
+        keep_head: bool,
+    ) -> "Reference":
         ranks = Ranks.now()
         capture = Capture(model, hookpoints, model_path, temperature=temperature)
         if not adapter:
@@ -124,7 +151,8 @@ class Reference:
             if probes.is_text and not capture.is_causal_lm:
                 probes.check_vocab(capture.head().vocab_size)
             packed = capture.is_causal_lm and packing_pays(probes) and takes_packed_rows(capture, probes)
-            identity = _identity(capture, probes, packed, adapter=adapter) | {"temperature": float(temperature)}
+            identity = identity_of(capture, probes.fingerprint, packed=packed, adapter=adapter)
+            identity |= {"keep_head": True} if keep_head else {}
             fingerprint = digest(json.dumps(identity, sort_keys=True))
             directory = Path(cache_dir or cache_directory() / "references") / fingerprint[:24]
             known = cls._reopened(directory, probes)
@@ -133,7 +161,7 @@ class Reference:
                 assert known is not None
                 return known
             try:
-                answers = _ask(capture, probes.plan(packed), probes)
+                answers = _ask(capture, probes.plan(packed), probes, keeps_head=keep_head or None)
             except NonFiniteError:
                 if packed:
                     # In a packed row a NaN spreads to the other probes: name the one that it comes from.
@@ -146,6 +174,26 @@ class Reference:
         if not directory.exists():  # a process on another machine, with files of its own
             _keep(directory, meta, answers)
         return cls.open(directory, probes)
+
+    @classmethod
+    def in_memory(
+        cls,
+        capture: Capture,
+        probes: ProbeSet,
+        identity: Mapping[str, Any],
+        *,
+        packed: bool,
+        head: LinearHead | None = None,
+    ) -> "Reference":
+        """What a model answers now, kept nowhere. To be called inside `leave_no_trace`, with adapters off.
+
+        Arguments:
+            identity: of the model, from `identity_of`.
+            head: the model's head, where it may differ from the live one.
+        """
+        answers = _ask(capture, probes.plan(packed), probes, keeps_head=False)
+        meta = {**identity, "packed": packed, "fingerprint": digest(json.dumps(identity, sort_keys=True))}
+        return cls(None, meta, answers, probes, head)
 
     @classmethod
     def _reopened(cls, directory: Path, probes: ProbeSet) -> "Reference | None":
@@ -169,6 +217,8 @@ class Reference:
                 f"The reference in {directory} was computed for the probe set {meta['probes'][:12]}, given was "
                 f"{probes.fingerprint[:12]}. Use the same probes (and tokenizer), or build a reference for these."
             )
+        with contextlib.suppress(OSError):  # a cache that is only read
+            os.utime(directory / _META)  # by which `diffsensor cache` sees when it was last used
         return cls(directory, meta, tensors, probes)
 
     @classmethod
@@ -197,6 +247,13 @@ class Reference:
             f"Reference({self.fingerprint[:12]}, {len(self.probes)} probes, {self.plan.num_positions} positions, "
             f"{len(self.hookpoints)} hookpoints, {'head trains' if self.head_trains else 'head frozen'})"
         )
+
+    @property
+    def directory(self) -> Path:
+        """Where it is kept."""
+        if self._directory is None:
+            raise ConfigError("This reference is kept in memory alone, for probes that are others at the next look.")
+        return self._directory
 
     def activation(self, hookpoint: str, positions: slice, device: torch.device) -> Float[Tensor, "pos width"]:
         return self._tensors[f"activation/{hookpoint}"][positions].to(device)
@@ -250,7 +307,7 @@ class Reference:
     @cached_property
     def _stored_head(self) -> LinearHead | None:
         if "head.weight" not in self._tensors:
-            return None
+            return self._own_head
         bias = self._tensors.get("head.bias")
         return LinearHead(
             weight=self._tensors["head.weight"].clone().to(self.context.device),
@@ -334,16 +391,19 @@ def _one_by_one(capture: Capture, probes: ProbeSet) -> Iterator[tuple[int, Float
         yield int(plan.probe[piece.positions.start]), piece.hidden
 
 
-def _identity(capture: Capture, probes: ProbeSet, packed: bool, *, adapter: bool) -> dict[str, Any]:
-    """All that the answers depend on. A reference is the same one exactly where this is."""
+def identity_of(capture: Capture, probes: str, *, packed: bool, adapter: bool) -> dict[str, Any]:
+    """All that the answers depend on. A reference is the same one exactly where this is.
+
+    To be called once the model has been run. `probes` is their fingerprint; `adapter` whether adapters are on.
+    """
     state = {
         **dict(capture.root.named_parameters()),
         **dict(capture.root.named_buffers()),
     }
-    if not adapter and (prefix := getattr(getattr(capture.root, "base_model", None), "prefix", None)):
+    if not adapter:
         # What is switched off has no part in the answers, and is different for every seed.
-        adapters = (f".{prefix}", ".modules_to_save.")
-        state = {name: tensor for name, tensor in state.items() if not any(mark in name for mark in adapters)}
+        off = adapter_names(capture.root)
+        state = {name: tensor for name, tensor in state.items() if not off & set(name.split("."))}
     head: dict[str, Any] = {"trains": capture.trains_head}
     if capture.is_causal_lm:
         live = capture.head()
@@ -355,11 +415,12 @@ def _identity(capture: Capture, probes: ProbeSet, packed: bool, *, adapter: bool
         "model": class_name(capture.root),
         "settings": _settings(capture.root),
         "weights": digest(*(f"{name} {checksum(tensor)}" for name, tensor in sorted(state.items()))),
-        "probes": probes.fingerprint,
+        "probes": probes,
         "context": asdict(capture.context()),
         "hookpoints": list(capture.hookpoints),
         "packed": packed,
         "head": head,
+        "temperature": capture.temperature,
     }
 
 
@@ -371,7 +432,7 @@ def _settings(root: nn.Module) -> str:
     return digest(json.dumps(kept, sort_keys=True, default=str))
 
 
-def _ask(capture: Capture, plan: Plan, probes: ProbeSet) -> dict[str, Tensor]:
+def _ask(capture: Capture, plan: Plan, probes: ProbeSet, *, keeps_head: bool | None = None) -> dict[str, Tensor]:
     """The answers themselves, as tensors with one row for each counted position."""
     weighting = strata_of(probes)
     strata = weighting.weights[:, plan.probe].to(capture.device)
@@ -403,7 +464,9 @@ def _ask(capture: Capture, plan: Plan, probes: ProbeSet) -> dict[str, Tensor]:
         answers[f"sinks/{name}"] = (norms > _SINK * norms.median()).nonzero()[:, 0]
     if isinstance(head, LinearHead):
         size = head.weight.numel() * head.weight.element_size()
-        if capture.trains_head or not head.is_linear or size <= _KEPT_HEAD_BYTES:
+        if keeps_head is None:
+            keeps_head = capture.trains_head or not head.is_linear or size <= _KEPT_HEAD_BYTES
+        if keeps_head:
             answers["head.weight"] = head.weight.cpu().clone()
             if head.bias is not None:
                 answers["head.bias"] = head.bias.cpu().clone()
@@ -485,3 +548,27 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "a new run builds it again."
         )
     return meta, tensors
+
+
+def directories(place: Path) -> list[Path]:
+    """The references in a cache; what a killed run left unfinished is none."""
+    if not place.is_dir():
+        return []
+    return sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def meta_of(directory: Path) -> tuple[dict[str, Any], str]:
+    """What a reference says of itself, and what is wrong with that, as a sentence."""
+    try:
+        return read_json(directory / _META), ""
+    except (OSError, DiffSensorError) as error:
+        return {}, str(error)
+
+
+def verified(directory: Path) -> str:
+    """What is wrong with a reference, as a sentence, after every byte of it was read."""
+    try:
+        _read(directory)
+    except CorruptFileError as error:
+        return str(error)
+    return ""

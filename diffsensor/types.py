@@ -139,6 +139,26 @@ class TokenShift:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BankProbe:
+    """A probe that a rolling bank held at one look: other looks were of others.
+
+    `probe` is its name: the number of the item among all that were offered (to its group, whose name comes first).
+    `age` is how many were offered after it, `drift` its own mean of the output metric `metric`, NaN where that was not
+    read.
+    """
+
+    step: int
+    bank: str
+    probe: str
+    group: str = ALL_PROBES
+    age: int
+    num_counted: int
+    metric: str = ""
+    drift: float = math.nan
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
     """Something that must not be, found while looking: its kind, what it befell, and what happened, as a clause.
 
@@ -211,8 +231,9 @@ class Findings:
     """What one look at the model brought: readings, lines of the token table, vectors worth keeping.
 
     `by_probe` holds, for metrics on the outputs, the mean of each probe, NaN for a probe without a counted
-    position. `faults` are what went wrong meanwhile, `alerts` what rules made of it all. `actions` and `verdicts`
-    come later, each in findings of its own, once they are there.
+    position; nothing where the probes are others at each look: those are named in `bank_probes` instead. `faults`
+    are what went wrong meanwhile, `alerts` what rules made of it all. `actions` and `verdicts` come later, each in
+    findings of its own, once they are there.
     """
 
     step: int
@@ -220,6 +241,7 @@ class Findings:
     token_shifts: tuple[TokenShift, ...] = ()
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     by_probe: Mapping[str, Float[Tensor, " probe"]] = field(default_factory=dict)
+    bank_probes: tuple[BankProbe, ...] = ()
     faults: tuple[Fault, ...] = ()
     alerts: tuple[Alert, ...] = ()
     actions: tuple[ActionTaken, ...] = ()
@@ -228,7 +250,8 @@ class Findings:
     def without_text(self) -> "Findings":
         """The same with no token and no context in words; token ids stay, for whoever has the tokenizer."""
         shifts = tuple(replace(shift, token="", context="") for shift in self.token_shifts)
-        return replace(self, token_shifts=shifts)
+        bank_probes = tuple(replace(probe, text="") for probe in self.bank_probes)
+        return replace(self, token_shifts=shifts, bank_probes=bank_probes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,9 +259,10 @@ class Scope:
     """What a monitor is going to read: what a rule is checked against before the first step.
 
     `groups` has the number of probes in each group, in order of first appearance, and `group_of` the group of each
-    probe ("" where it has none). `progress` names what the loop will tell of its own progress (loss, learning rate).
-    `probes` and `reference` are fingerprints. `schedule` and `recipe` say how the run is read and trained, in plain
-    types; pilots must agree with them.
+    probe ("" where it has none). Where the bank is rolling, its probes are others at each look: `groups` then has
+    how many each holds, and there is no `group_of`. `progress` names what the loop will tell of its own progress
+    (loss, learning rate). `probes` and `reference` are fingerprints. `schedule` and `recipe` say how the run is
+    read and trained, in plain types; pilots must agree with them.
     """
 
     metrics: Mapping[str, MetricInfo]
@@ -248,6 +272,7 @@ class Scope:
     progress: tuple[str, ...] = ()
     bank: str = FIXED_BANK
     sealed: bool = False
+    is_rolling: bool = False
     probes: str = ""
     reference: str = ""
     schedule: str = ""

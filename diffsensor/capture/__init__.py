@@ -1,8 +1,11 @@
 """Looking at a model, and leaving no trace on it."""
 
+from diffsensor.capture.adapter import adapter_names as adapter_names
 from diffsensor.capture.adapter import adapter_off as adapter_off
 from diffsensor.capture.adapter import has_adapter as has_adapter
 from diffsensor.capture.adapter import refuse_changed_base as refuse_changed_base
+from diffsensor.capture.adapter import trained_beside as trained_beside
+from diffsensor.capture.copied import frozen_copy as frozen_copy
 from diffsensor.capture.find import find_model as find_model
 from diffsensor.capture.find import resolve_hookpoints as resolve_hookpoints
 from diffsensor.capture.frozen import FrozenWeights as FrozenWeights

@@ -75,6 +75,20 @@ def refuse_changed_base(root: nn.Module, instead: str) -> None:
             )
 
 
+def trained_beside(root: nn.Module) -> list[str]:
+    """The parameters outside the adapters that train: with the adapter off, they are as they are now."""
+    of_adapters = adapter_names(root)
+    return [
+        name for name, each in root.named_parameters() if each.requires_grad and not of_adapters & set(name.split("."))
+    ]
+
+
+def adapter_names(root: nn.Module) -> set[str]:
+    """The sub-modules in which adapters keep their weights, each by the last part of its name."""
+    # What PEFT's layers name as theirs, and what they wrap a copy of a whole module in.
+    return {"modules_to_save"}.union(*(getattr(module, "adapter_layer_names", ()) for module in root.modules()))
+
+
 def has_adapter(root: nn.Module) -> bool:
     """Whether there is an adapter that `adapter_off` can switch off."""
     return isinstance(root, SwitchesAdapter) or bool(

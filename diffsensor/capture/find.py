@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from diffsensor.checksums import num_weights
 from diffsensor.errors import (
     CaptureError,
     ConfigError,
@@ -38,8 +39,13 @@ def find_model(model: nn.Module, path: str | None = None) -> nn.Module:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module itself where `torch.compile` or data parallelism wrapped it."""
-    wrappers = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
+    """The module itself where `torch.compile`, data parallelism or DeepSpeed wrapped it."""
+    wrappers = {
+        "OptimizedModule": "_orig_mod",
+        "DistributedDataParallel": "module",
+        "DataParallel": "module",
+        "DeepSpeedEngine": "module",
+    }
     while type(module).__name__ in wrappers:
         module = module.get_submodule(wrappers[type(module).__name__])
     return module
@@ -123,4 +129,4 @@ def _evenly_spaced_blocks(root: nn.Module, head: nn.Module | None) -> dict[str, 
 
 
 def _num_weights(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(num_weights(parameter) for parameter in module.parameters())

@@ -84,7 +84,7 @@ class Capture:
         #: Whether the optimizer may move a parameter that the logits are made with.
         self.trains_head = self._head_module is None or any(p.requires_grad for p in self._head_module.parameters())
         self._width = 0
-        self._temperature = float(temperature)
+        self.temperature = float(temperature)
         self._computed_in: torch.dtype | None = None
         self._autocast = autocast_now(self.device)
         self._scale: float = 1.0
@@ -103,10 +103,10 @@ class Capture:
         if self._head_module is None:
             if self._num_logits is None:
                 raise CaptureError("This module has not been run yet, so the number of its logits is not known.")
-            return GivenLogits(vocab_size=self._num_logits, temperature=self._temperature)
+            return GivenLogits(vocab_size=self._num_logits, temperature=self.temperature)
         weight, bias = linear_map(self._head_module, self._width)
         return LinearHead(
-            weight=weight, bias=bias, scale=self._scale, softcap=self._softcap, temperature=self._temperature
+            weight=weight, bias=bias, scale=self._scale, softcap=self._softcap, temperature=self.temperature
         )
 
     def context(self) -> Context:
@@ -372,8 +372,7 @@ class Capture:
 
 
 def require_temperature(temperature: object) -> None:
-    is_number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
-    if not is_number or not 0 < temperature < math.inf:
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
         raise ConfigError(
             f"temperature={temperature!r} was given, expected a number above 0: 1.0, or what the policy samples at."
         )

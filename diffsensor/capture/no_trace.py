@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from diffsensor.capture.sharded import sharded_again
+from diffsensor.capture.zero3 import partitioned_again
 
 
 @contextlib.contextmanager
@@ -29,6 +30,7 @@ def leave_no_trace(model: nn.Module) -> Iterator[None]:
         stack.enter_context(random_states_kept())
         stack.callback(_set_modes, modes)
         stack.enter_context(sharded_again(model))
+        stack.enter_context(partitioned_again(model))
         if "torch._dynamo" in sys.modules:  # nothing is compiled where it was never imported, and it is slow to import
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.inference_mode(mode=False))

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from diffsensor.capture.zero3 import ZeRO3, is_zero3
 from diffsensor.checksums import as_sharded
 from diffsensor.errors import CaptureError
 
@@ -55,6 +56,11 @@ class FullySharded:
 
     def __init__(self, root: nn.Module, head: nn.Module | None) -> None:
         owners = dict(_groups(root))
+        if not owners:
+            raise CaptureError(
+                f"{type(root).__name__} has parameters of which each process holds a part, and fully_shard was not "
+                "called on it. Models cut by tensor parallelism alone cannot be read: use fully_shard, or DDP."
+            )
         if "" not in owners:
             raise CaptureError(
                 f"{type(root).__name__} has sharded parameters and is not sharded itself, so its forward cannot be "
@@ -79,6 +85,8 @@ def holding_of(root: nn.Module, head: nn.Module | None) -> Holding:
             f"{type(root).__name__} is sharded by FullyShardedDataParallel (FSDP1), which cannot be read. Use "
             "fully_shard (FSDP2): fsdp_version=2 in accelerate, ModelParallelStrategy in Lightning."
         )
+    if is_zero3(root):
+        return ZeRO3(root, head)
     if all(as_sharded(parameter) is None for parameter in root.parameters()):
         return Replicated()
     return FullySharded(root, head)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from diffsensor.checksums import as_partitioned
 from diffsensor.control.wrapped import bare_optimizer
 from diffsensor.errors import ConfigError, RefusedError
 
@@ -33,7 +34,7 @@ class Kept:
     copied, and so left as they are: frozen parameters; learning rates and whatever else an optimizer has in its
     parameter groups; schedulers; the position in the data; gradients; plain attributes of modules. To be called
     between two updates. It costs `num_bytes`: with AdamW three times the trainable parameters. Sharded parameters
-    (FSDP) are refused with a `ConfigError`.
+    (FSDP, ZeRO-3) are refused with a `ConfigError`.
 
     Arguments:
         model: the module that is trained.
@@ -181,7 +182,8 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 def _is_sharded(parameter: Tensor) -> bool:
     tensors = sys.modules.get("torch.distributed.tensor")  # slow to import, and there already where it is in use
-    return tensors is not None and isinstance(parameter, tensors.DTensor)
+    is_cut = tensors is not None and isinstance(parameter, tensors.DTensor)
+    return is_cut or as_partitioned(parameter) is not None
 
 
 def _random_states() -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """A penalty that holds the model near its reference on the batches that it trains on."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,10 +11,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from diffsensor.capture import adapter_off, find_model, has_adapter, leave_no_trace, refuse_changed_base
+from diffsensor.capture import (
+    adapter_off,
+    find_model,
+    frozen_copy,
+    has_adapter,
+    leave_no_trace,
+    refuse_changed_base,
+)
 from diffsensor.capture.answers import accepts, known_forms, logits_of, text_config
 from diffsensor.capture.find import output_embeddings, refuse_virtual_tokens, require_one_device
 from diffsensor.capture.no_trace import device_of
+from diffsensor.capture.zero3 import is_zero3
 from diffsensor.errors import CaptureError, ConfigError, ReferenceMismatchError
 from diffsensor.head import linear_map
 
@@ -80,13 +87,7 @@ class KLPenalty:
 
         Make it before the first update, and before a checkpoint is loaded into a run that goes on.
         """
-        reference = copy.deepcopy(find_model(model, model_path)).requires_grad_(False).eval()
-        for parameter in reference.parameters():
-            parameter.grad = None
-        for module in reference.modules():
-            # Trainers put a forward of theirs in its place, which calls the model that was copied from.
-            vars(module).pop("forward", None)
-        return cls(reference, coefficient=coefficient, model_path=model_path)
+        return cls(frozen_copy(model, model_path), coefficient=coefficient, model_path=model_path)
 
     @property
     def last_kl(self) -> float:
@@ -200,6 +201,11 @@ class KLPenalty:
             live = _Side(find_model(model, self._model_path))
             require_one_device(live.root)
             refuse_virtual_tokens(live.root)
+            if is_zero3(live.root):
+                raise CaptureError(
+                    f"The parameters of {type(live.root).__name__} are cut up by DeepSpeed's ZeRO-3, and KLPenalty "
+                    "needs the output head whole. Train with ZeRO-2, or without this penalty."
+                )
             self._seen = (model, live, self._reference_of(live))
         return self._seen[1], self._seen[2]
 

@@ -31,6 +31,7 @@ from diffsensor.probes.tokenizing import (
     encode_text,
     fingerprint_of,
     private_copy,
+    require_same_tokenizer,
 )
 from diffsensor.storage.atomic import stage
 from diffsensor.storage.checked_json import json_bytes, read_json
@@ -250,7 +251,7 @@ class ProbeSet:
         """
         if text and isinstance(inputs, Tensor) and _is_integer(inputs) and inputs.ndim == 2:
             inputs = {"input_ids": inputs}
-        tokenizer_copy = None if tokenizer is None else _own(tokenizer)
+        tokenizer_copy = None if tokenizer is None else own_tokenizer(tokenizer)
         fingerprint = fingerprint_of(tokenizer_copy)
         if text and isinstance(inputs, Mapping) and "input_ids" in inputs:
             ids = _rows({str(key): value for key, value in inputs.items()})["input_ids"]
@@ -374,6 +375,11 @@ class ProbeSet:
         return tuple(dict.fromkeys(group for group in self.groups if group != ALL_PROBES))
 
     @property
+    def group_sizes(self) -> dict[str, int]:
+        """How many probes each group has, in order of first appearance."""
+        return {group: self.groups.count(group) for group in self.group_names}
+
+    @property
     def num_positions(self) -> int:
         if self.is_text:
             return sum(int(counted.sum()) for counted in self._counted)
@@ -452,13 +458,7 @@ class ProbeSet:
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Refuse a tokenizer that gives the ids another meaning. Nothing is known, nor refused, where one side has
         no fingerprint."""
-        given = fingerprint_of(tokenizer)
-        if given and self.tokenizer_fingerprint and given != self.tokenizer_fingerprint:
-            raise ProbeError(
-                f"The tokenizer has the fingerprint {given[:12]}, but the probes were made by one with "
-                f"{self.tokenizer_fingerprint[:12]}: their vocabulary, merges or added tokens differ. Use "
-                "that tokenizer, or build the probe set anew with this one."
-            )
+        require_same_tokenizer(tokenizer, self.tokenizer_fingerprint)
 
     @property
     def fingerprint(self) -> str:
@@ -493,7 +493,7 @@ class ProbeSet:
     @classmethod
     def load(cls, path: str | os.PathLike[str], tokenizer: AnyTokenizer | None = None) -> "ProbeSet":
         """The probes that `save` wrote there, every byte checked; with a tokenizer, that it is the same one."""
-        tokenizer_copy = None if tokenizer is None else _own(tokenizer)
+        tokenizer_copy = None if tokenizer is None else own_tokenizer(tokenizer)
         folder = Path(path)
         record = read_json(folder / RECORD_FILE)
         stored = _read(folder / TENSORS_FILE, CorruptFileError)
@@ -561,10 +561,10 @@ def told_of_date(date: str) -> str:
 def _copied(tokenizer: AnyTokenizer, max_length: int) -> Tokenizer:
     if max_length < 2:
         raise ConfigError(f"max_length={max_length} was given; a probe needs at least 2 tokens to have a next one.")
-    return _own(tokenizer)
+    return own_tokenizer(tokenizer)
 
 
-def _own(tokenizer: AnyTokenizer) -> Tokenizer:
+def own_tokenizer(tokenizer: AnyTokenizer) -> Tokenizer:
     """A tokenizer that nobody else has: a copy of the one given, or newly loaded from where it was said to be."""
     if isinstance(tokenizer, str | os.PathLike):
         from diffsensor.loading import load_tokenizer

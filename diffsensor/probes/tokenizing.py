@@ -64,6 +64,17 @@ def fingerprint_of(tokenizer: Tokenizer | None) -> str:
     return hashlib.sha256(json.dumps([vocab, merges]).encode()).hexdigest()
 
 
+def require_same_tokenizer(tokenizer: Tokenizer, fingerprint: str) -> None:
+    """Raise `ProbeError` for a tokenizer of which it is known that its fingerprint is another one."""
+    given = fingerprint_of(tokenizer)
+    if given and fingerprint and given != fingerprint:
+        raise ProbeError(
+            f"The tokenizer has the fingerprint {given[:12]}, but the probes were made by one with {fingerprint[:12]}: "
+            "their vocabulary, merges or added tokens differ. Use that tokenizer, or build the probe set anew with "
+            "this one."
+        )
+
+
 def encode_text(tokenizer: Tokenizer, text: str, max_length: int) -> Encoded:
     """All tokens but the first are counted; a longer text is cut at its end."""
     ids = _ids(tokenizer, text, special=True)

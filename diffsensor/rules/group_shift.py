@@ -125,6 +125,11 @@ class GroupShift:
                 f"The rule {self.name!r} compares logarithms, and {self._metric} may be negative (from {info.low:g})."
                 + hint
             )
+        if scope.is_rolling:
+            raise ConfigError(
+                f"The rule {self.name!r} compares the same probes look by look, and the bank {scope.bank!r} holds "
+                "others at each look. Give it to a monitor of fixed probes, or limit a group: Limit(metric, group=...)."
+            )
         sizes = _sizes(scope.group_of)
         if len(sizes) < 2:
             raise ConfigError(

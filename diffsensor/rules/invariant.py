@@ -6,7 +6,7 @@ from typing import Any, final
 
 from diffsensor.errors import ConfigError, listed, unknown
 from diffsensor.rules.arguments import require_looks, require_severity, require_texts
-from diffsensor.rules.select import PROGRESS
+from diffsensor.rules.select import TOLD
 from diffsensor.types import WORST_GROUP, Fault, Findings, Judgement, Reading, Scope, Severity, Signal, Verdict
 
 #: What a person should do next, for each kind of fault.
@@ -104,7 +104,7 @@ class Invariant:
                 value=reading.value if reading else math.nan,
                 unit=reading.unit if reading else "",
             )
-        if all(reading.sensor == PROGRESS for reading in findings.readings):
+        if all(reading.sensor in TOLD for reading in findings.readings):
             return Verdict(step=findings.step, outcome="unknown", reason="Nothing was read.", rule=self.name)
         reason = f"No fault was found ({listed(self._kinds)})."
         return Verdict(step=findings.step, outcome="pass", reason=reason, rule=self.name)
@@ -118,7 +118,7 @@ class Invariant:
 
 def _is_broken(reading: Reading) -> bool:
     """Whether it should be a number and is not. The worst group's reading is that of a group, which counts already."""
-    should_be = reading.num_probes > 0 or reading.sensor == PROGRESS
+    should_be = reading.num_probes > 0 or reading.sensor in TOLD
     return should_be and reading.group != WORST_GROUP and not math.isfinite(reading.value)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, final
 
 from diffsensor.errors import ConfigError
 from diffsensor.rules.arguments import require_finite, require_looks, require_severity, require_texts
-from diffsensor.rules.select import EACH, PROGRESS, Select
+from diffsensor.rules.select import EACH, PROGRESS, ROLLOUTS, Select
 from diffsensor.statistics import interval
 from diffsensor.types import (
     ALL_PROBES,
@@ -421,6 +421,8 @@ def _unit(reading: Reading) -> str:
 
 
 def _advice(reading: Reading) -> str:
+    if reading.sensor == ROLLOUTS:
+        return "Read completions of those steps beside their rewards, and compare with the readings on the probes."
     if reading.sensor == PROGRESS:
         return "Look at the batches and the learning rate of the steps since the last reading."
     if reading.hookpoint:

@@ -11,6 +11,11 @@ from diffsensor.types import ALL_PROBES, WORST_GROUP, Findings, MetricInfo, Read
 EACH = "*"
 #: The sensor under whose name stands what the loop tells of its progress.
 PROGRESS = "progress"
+#: And that of what a trainer knows of its own completions.
+ROLLOUTS = "rollouts"
+#: And that of what a rolling bank holds.
+BANK = "bank"
+TOLD = frozenset({PROGRESS, ROLLOUTS, BANK})
 
 
 @runtime_checkable

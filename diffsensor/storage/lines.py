@@ -1,4 +1,4 @@
-"""The files of a record that grow by lines: a reading, a token of the table, an alert, an action or a verdict each.
+"""The files of a record that grow by lines: a reading, an alert, or another part of findings each.
 
 A line is plain JSON. NaN is null (pandas reads it as NaN), infinities are "inf" and "-inf" (`pandas.to_numeric` reads
 them), every other float is its shortest exact text. `write` numbers the writes from 1 on; `lines` is how many lines
@@ -17,12 +17,12 @@ from typing import BinaryIO
 
 from diffsensor.errors import CorruptFileError
 from diffsensor.storage.checked_json import RESTORE, has_valid_crc, with_crc, without_crc
-from diffsensor.types import ActionTaken, Alert, Findings, Reading, TokenShift, Verdict
+from diffsensor.types import ActionTaken, Alert, BankProbe, Findings, Reading, TokenShift, Verdict
 
 logger = logging.getLogger(__name__)
 
 
-Item = Reading | TokenShift | Alert | ActionTaken | Verdict
+Item = Reading | TokenShift | BankProbe | Alert | ActionTaken | Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,10 +47,11 @@ ACTIONS = LineFile(
 VERDICTS = LineFile(
     name="verdicts.jsonl", noun=Verdict, found=lambda findings: findings.verdicts, of_a_look=False, forced=True
 )
+BANK = LineFile(name="bank.jsonl", noun=BankProbe, found=lambda findings: findings.bank_probes)
 TOKENS = LineFile(name="tokens.jsonl", noun=TokenShift, found=lambda findings: findings.token_shifts)
 ALERTS = LineFile(name="alerts.jsonl", noun=Alert, found=lambda findings: findings.alerts, forced=True)
 READINGS = LineFile(name="readings.jsonl", noun=Reading, found=lambda findings: findings.readings)
-LINE_FILES = (ACTIONS, VERDICTS, TOKENS, ALERTS, READINGS)
+LINE_FILES = (ACTIONS, VERDICTS, BANK, TOKENS, ALERTS, READINGS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
