@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProg
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -502,9 +503,10 @@ def test_a_wrong_path_of_probes_names_the_closest(tmp_path: Path) -> None:
         DriftMonitor(tmp_path / "probes.jsonl")
 
 
-def test_a_run_of_several_processes_is_refused(tmp_path: Path) -> None:
-    runner = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, default_root_dir=tmp_path)
-    with pytest.raises(MisconfigurationException, match=r"2 processes \(DDPStrategy\)"):
+def test_a_strategy_that_shards_by_fsdp1_is_refused_with_the_one_that_can_be_read(tmp_path: Path) -> None:
+    runner = trainer([], tmp_path)
+    runner._accelerator_connector.strategy = FSDPStrategy()  # which Lightning lets nobody choose without a GPU
+    with pytest.raises(MisconfigurationException, match=r"FSDPStrategy, which shards.*strategy=ModelParallelStrategy"):
         drift_monitor(tmp_path).setup(runner, TinyModule(), "fit")
 
 
@@ -607,3 +609,36 @@ def test_probes_may_be_the_path_of_a_saved_set(tmp_path: Path) -> None:
     trainer([monitor], tmp_path).fit(TinyModule(), data())
     assert kept.steps == [0, 3, 6]
     assert math.isfinite(kept.values()[-1])
+
+
+class Failing(CSVLogger):
+    """A logger that takes what the trainer logs, and fails at readings."""
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if any(key.startswith("diffsensor/") for key in metrics):
+            raise OSError("no more room")
+        super().log_metrics(metrics, step)
+
+
+def test_a_logger_that_fails_is_told_of_once_and_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    drift = DriftMonitor(tiny_probes(), 2, cache_dir=tmp_path / "cache", record=None)
+    made = trainer([drift], tmp_path, max_steps=4, logger=[Failing(tmp_path / "a"), CSVLogger(tmp_path / "b")])
+    made.fit(TinyModule(), data())
+    assert made.global_step == 4
+    assert caplog.text.count("Failing failed and shows no readings") == 1
+    (rows,) = (tmp_path / "b").rglob("metrics.csv")
+    assert KL in rows.read_text()
+
+
+def test_mlflow_gets_keys_that_it_takes(tmp_path: Path) -> None:
+    class MLFlowLogger(CSVLogger):
+        """By name the one of MLflow, whose package is not needed for this."""
+
+    drift = DriftMonitor(tiny_probes(), 2, cache_dir=tmp_path / "cache", record=None)
+    made = trainer([drift], tmp_path, max_steps=2, logger=MLFlowLogger(tmp_path))
+    made.fit(TinyModule(), data())
+    (rows,) = tmp_path.rglob("metrics.csv")
+    keys = rows.read_text().splitlines()[0].split(",")
+    assert KL in keys
+    assert any("/group_" in key for key in keys)
+    assert not any("=" in key for key in keys)

@@ -99,6 +99,12 @@ def inside(path: Path | str) -> dict[str, Any]:
     return loaded
 
 
+def of_monitor(state: dict[str, Any]) -> dict[str, Any]:
+    """The monitor's own state, which is one text in that of the callback."""
+    loaded: dict[str, Any] = json.loads(state["monitor"]["monitor"])["monitor"]
+    return loaded
+
+
 # What is told and shown
 
 
@@ -222,7 +228,7 @@ def test_an_action_saves_a_checkpoint_with_its_verdict_beside_it(tmp_path: Path)
     checkpoint = inside(path)
     assert checkpoint["global_step"] == 3
     state = checkpoint["callbacks"]["DriftMonitor"]
-    assert (state["read"], state["monitor"]["last_step"]) == (3, 3)
+    assert (state["read"], of_monitor(state)["last_step"]) == (3, 3)
     assert state["latest"][KL] > GATE_LIMIT  # of this step, though the reading had not yet been handed on
     assert [verdict.step for verdict in read_record(tmp_path / "record").verdicts] == [3, 6]
 
@@ -350,10 +356,12 @@ def test_a_pause_waits_until_its_file_is_removed(tmp_path: Path) -> None:
 
 
 class OwnWay(SingleDeviceStrategy):
-    """Saves in a way of its own, as sharded strategies do."""
+    """Saves in a way of its own, into a directory, as sharded strategies do."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        Path(filepath).mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint.pop("state_dict"), Path(filepath) / "weights.pt")
+        torch.save(checkpoint, Path(filepath) / "meta.pt")
 
 
 class LambdaByHand(Still):
@@ -399,12 +407,6 @@ def test_what_the_trainer_cannot_do_is_refused_before_the_first_step(
 def test_a_wrong_argument_is_refused_at_once(wrong: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=sentence):
         drift_monitor(tmp_path, **wrong)
-
-
-def test_a_gate_is_refused_where_no_verdict_can_be_put_into_a_checkpoint(tmp_path: Path) -> None:
-    runner = trainer([drift_monitor(tmp_path, gate=gate())], tmp_path, strategy=OwnWay(torch.device("cpu")))
-    with pytest.raises(MisconfigurationException, match="OwnWay saves checkpoints in a way of its own"):
-        runner.fit(Still(), data())
 
 
 def test_a_rule_on_a_metric_that_is_not_read_is_refused_with_the_closest(tmp_path: Path) -> None:
@@ -558,7 +560,7 @@ def test_the_state_in_a_checkpoint_is_the_one_after_the_verdict_s_reading(tmp_pa
     runner.fit(Still(), data())
     checkpoint = inside(tmp_path / "ckpt" / "step=3.ckpt")
     state = checkpoint["callbacks"]["DriftMonitor"]
-    assert (state["read"], state["monitor"]["last_step"], state["monitor"]["verdict"]["step"]) == (3, 3, 3)
+    assert (state["read"], of_monitor(state)["last_step"], of_monitor(state)["verdict"]["step"]) == (3, 3, 3)
     # What that reading led to is in it as well.
     assert taken(tmp_path) == [(3, "scale_learning_rate(0.5)", "done")]
     assert checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] == 5e-8
@@ -590,14 +592,18 @@ def test_a_checkpoint_of_a_run_that_ended_by_an_exception_is_unknown(tmp_path: P
             if trainer.current_epoch == 1:
                 raise ZeroDivisionError
 
+        def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "own.ckpt")
+
     checkpoints = ModelCheckpoint(tmp_path / "ckpt", "{step}", save_on_exception=True, every_n_epochs=0)
     monitor, module = drift_monitor(tmp_path, gate=gate()), Still()
-    runner = trainer([monitor, Crash(), checkpoints], tmp_path, enable_checkpointing=True)
+    runner = trainer([Crash(), monitor, checkpoints], tmp_path, enable_checkpointing=True)
     runner.fit(module, data(12))  # at whose end this step has passed
     runner.fit_loop.max_epochs = 2
     with pytest.raises(ZeroDivisionError):
         runner.fit(module, data(12))
     assert verdict_beside(tmp_path / "ckpt" / "step=3.ckpt") == "unknown"
+    assert verdict_beside(tmp_path / "own.ckpt") == "unknown"  # while the monitor was still there
     assert monitor.last_passed == ""
 
 
@@ -651,6 +657,59 @@ def test_two_gates_have_two_verdicts_and_both_must_pass(tmp_path: Path) -> None:
     assert (tmp_path / "ckpt" / "step=2.ckpt").exists()
 
 
+@pytest.mark.parametrize("save_last", [True, "link"])
+def test_a_checkpoint_that_is_a_directory_has_its_verdict_inside(save_last: Any, tmp_path: Path) -> None:
+    checkpoints = ModelCheckpoint(tmp_path / "ckpt", "{step}", every_n_train_steps=1, save_last=save_last)
+    monitor, verdicts = drift_monitor(tmp_path, gate=gate()), {}
+
+    class Reads(Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            verdicts[trainer.global_step] = sorted(
+                f"{path.name} {read_verdict(path).outcome} {read_verdict(path).step}"
+                for path in (tmp_path / "ckpt").glob("*.ckpt")
+            )
+
+    runner = trainer(
+        [Jumps([3]), monitor, Reads(), checkpoints],
+        tmp_path,
+        enable_checkpointing=True,
+        strategy=OwnWay(torch.device("cpu")),
+        max_steps=5,
+    )
+    runner.fit(Still(), data())
+    assert verdicts[2] == ["last.ckpt pass 2", "step=2.ckpt pass 2"]
+    assert verdicts[3] == ["last.ckpt fail 3", "step=2.ckpt pass 2", "step=3.ckpt fail 3"]
+    assert verdicts[4] == ["last.ckpt pass 4", "step=4.ckpt pass 4"]
+    inside_it = inside(tmp_path / "ckpt" / "step=5.ckpt" / "meta.pt")["diffsensor_verdict"]
+    assert Verdict(**inside_it) == read_verdict(tmp_path / "ckpt" / "step=5.ckpt")
+    assert not list((tmp_path / "ckpt").glob("*.json"))
+    assert monitor.last_passed == str(tmp_path / "ckpt" / ("step=5.ckpt" if save_last == "link" else "last.ckpt"))
+
+
+@pytest.mark.parametrize("kind", [OwnWay, SingleDeviceStrategy])
+def test_a_checkpoint_that_was_written_over_in_part_has_no_verdict(
+    kind: type[SingleDeviceStrategy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = kind.save_checkpoint
+
+    def broken_off(self: Any, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if checkpoint["global_step"] == 2:
+            raise OSError("the disk is full")
+        write(self, checkpoint, *args, **kwargs)
+
+    class Saves(Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "newest.ckpt")
+            assert read_verdict(tmp_path / "newest.ckpt").outcome == "pass"
+
+    monkeypatch.setattr(kind, "save_checkpoint", broken_off)
+    callbacks = [drift_monitor(tmp_path, gate=gate()), Saves()]
+    with pytest.raises(OSError, match="the disk is full"):
+        trainer(callbacks, tmp_path, strategy=kind(torch.device("cpu"))).fit(Still(), data())
+    assert (tmp_path / "newest.ckpt").exists()
+    assert read_verdict(tmp_path / "newest.ckpt").outcome == "unknown"
+
+
 def test_checkpoints_may_be_written_in_a_thread(tmp_path: Path) -> None:
     checkpoints = ModelCheckpoint(tmp_path / "ckpt", "{step}", every_n_train_steps=1, save_top_k=-1)
     monitor = drift_monitor(tmp_path, gate=gate())
@@ -666,8 +725,8 @@ def test_without_a_gate_nothing_of_the_trainer_is_changed(tmp_path: Path) -> Non
     monitor = drift_monitor(tmp_path, 2)
     runner = trainer([Jumps([6]), monitor, checkpoints], tmp_path, enable_checkpointing=True)
     runner.fit(Still(), data())
-    assert "save_checkpoint" not in vars(runner)
-    assert type(runner.strategy.checkpoint_io).__name__ == "TorchCheckpointIO"
+    for each in (runner, runner.strategy):
+        assert not {"save_checkpoint", "remove_checkpoint"} & vars(each).keys()
     assert [path.name for path in (tmp_path / "ckpt").iterdir()] == ["step=6.ckpt"]
     assert "diffsensor_verdict" not in inside(tmp_path / "ckpt" / "step=6.ckpt")
     assert monitor.last_passed == ""

@@ -1,12 +1,11 @@
 """What DriftMonitor is given, checked and made into what the monitor takes."""
 
-import difflib
-from collections.abc import Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from diffsensor import ProbeSet, Schedule, every
@@ -29,21 +28,25 @@ def penalty_of(penalty: Any, budget: object) -> Penalty | None:
     return penalty
 
 
-def require_one_process(trainer: pl.Trainer) -> None:
-    """The only place that assumes a single process; the rest reads the unwrapped module."""
-    if trainer.world_size > 1:
+def require_readable(strategy: Strategy) -> None:
+    """Refuse FSDP1, which shows the module that it wraps as if its parameters were whole."""
+    if isinstance(strategy, FSDPStrategy):
         raise MisconfigurationException(
-            f"DriftMonitor was given a run of {trainer.world_size} processes "
-            f"({type(trainer.strategy).__name__}). It reads in runs of one process only, so far: use devices=1, or "
-            "take DriftMonitor out of the callbacks."
+            f"DriftMonitor was given a run of {type(strategy).__name__}, which shards by FullyShardedDataParallel "
+            "(FSDP1), and cannot read it. Use FSDP2: strategy=ModelParallelStrategy(...), with fully_shard(...) in the "
+            "module's configure_model."
         )
 
 
 def record_directory(record: str | Path | None, trainer: pl.Trainer, name: str) -> Path | None:
-    if record is None:
-        return None
-    if record != "auto":
-        return Path(record)
+    """Where the first process of the run has the record, asked by all of them."""
+    place = None if record is None else _directory_of_logger(trainer, name) if record == "auto" else Path(record)
+    # In other processes a logger may have none, or one of its own.
+    decided: Path | None = trainer.strategy.broadcast(place)
+    return decided
+
+
+def _directory_of_logger(trainer: pl.Trainer, name: str) -> Path | None:
     # Not trainer.log_dir: without loggers that is the working directory, and for some a place shared by all runs.
     for logger in trainer.loggers:
         if logger.log_dir is not None:
@@ -74,23 +77,4 @@ def probes_of(probes: ProbeSet | str | Path, tokenizer: Any) -> ProbeSet:
                 "DriftMonitor was given a probe set and a tokenizer. A probe set is tokenised already: leave out one."
             )
         return probes
-    path = Path(probes)
-    if not path.exists():
-        near = sorted(found.name for found in path.parent.glob("*")) if path.parent.is_dir() else []
-        raise MisconfigurationException(
-            f"DriftMonitor was given probes={str(probes)!r}, where nothing is. {_closest(path.name, near)}"
-            "Give a .jsonl file, the directory of a saved probe set, or a ProbeSet."
-        )
-    if path.is_dir():
-        return ProbeSet.load(path, tokenizer)
-    if tokenizer is None:
-        raise MisconfigurationException(
-            f"DriftMonitor was given probes={str(probes)!r} and no tokenizer. "
-            "Give tokenizer=<the directory or the name of the model's tokenizer>."
-        )
-    return ProbeSet.from_jsonl(path, tokenizer)
-
-
-def _closest(given: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(given, known, n=1)
-    return f"Did you mean {close[0]!r}? " if close else ""
+    return ProbeSet.read(probes, tokenizer)

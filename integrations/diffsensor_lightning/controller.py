@@ -1,5 +1,6 @@
 """What a Lightning run lets actions ask for."""
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,13 @@ import lightning.pytorch as pl
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from diffsensor import Ability, ConfigError, RefusedError
 from diffsensor.control import Kept, PauseFile, Penalty, cannot_scale, scale_learning_rate
 
 _log = logging.getLogger(__name__)
+_warn = rank_zero_only(_log.warning)
 
 #: Those of them that this version of Lightning has.
 _AVERAGING = tuple(
@@ -55,7 +58,7 @@ class LightningController:
     def stop(self, reason: str) -> str:
         trainer = self._trainer
         trainer.should_stop = True
-        _log.warning("The run ends after step %d. %s", trainer.global_step, reason)
+        _warn("The run ends after step %d. %s", trainer.global_step, reason)
         # Lightning hears of should_stop only then.
         first = [f"min_epochs={trainer.min_epochs}"] if trainer.current_epoch < (trainer.min_epochs or 0) else []
         first += [f"min_steps={trainer.min_steps}"] if trainer.global_step < (trainer.min_steps or 0) else []
@@ -63,7 +66,12 @@ class LightningController:
 
     def save_checkpoint(self, reason: str) -> str:
         path = run_directory(self._trainer) / "diffsensor-checkpoints" / f"step={self._trainer.global_step}.ckpt"
-        self._trainer.save_checkpoint(path)
+        try:
+            self._trainer.save_checkpoint(path)
+        except Exception:
+            # It is contained, and the run goes on; at the end of a save the other processes wait for this one.
+            self._trainer.strategy.barrier()
+            raise
         return f"saved {path}"
 
     def scale_learning_rate(self, factor: float) -> str:
@@ -99,7 +107,8 @@ class LightningController:
 
     def pause(self, reason: str) -> str:
         place = run_directory(self._trainer)
-        place.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # in whose place the file cannot be, which is told to all processes
+            place.mkdir(parents=True, exist_ok=True)
         PauseFile(place / "PAUSED").wait(reason)
         return "waited until a person let the run go on"
 
@@ -140,8 +149,10 @@ def saves_in_its_own_way(strategy: Strategy) -> bool:
 
 
 def run_directory(trainer: pl.Trainer) -> Path:
-    """Where the run's own files are: the first logger's directory, or the trainer's without one."""
-    for logger in trainer.loggers:
-        if logger.log_dir is not None:
-            return Path(logger.log_dir)
-    return Path(trainer.default_root_dir)
+    """Where the run's own files are: the first logger's directory, or the trainer's without one.
+
+    As the first process has it; to be asked by all of them.
+    """
+    places = [logger.log_dir for logger in trainer.loggers if logger.log_dir is not None]
+    decided: Path = trainer.strategy.broadcast(Path(places[0] if places else trainer.default_root_dir))
+    return decided

@@ -30,17 +30,19 @@ from diffsensor.control import Penalty
 
 try:
     import lightning.pytorch as pl
+    from lightning.pytorch.loggers import Logger
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
     from lightning.pytorch.utilities.seed import isolate_rng
 except ImportError as error:
     raise ImportError("DriftMonitor needs Lightning: pip install 'diffsensor[lightning]'") from error
 
-from diffsensor_lightning.arguments import penalty_of, probes_of, record_directory, require_one_process, schedule_of
-from diffsensor_lightning.controller import LightningController, saves_in_its_own_way
+from diffsensor_lightning.arguments import penalty_of, probes_of, record_directory, require_readable, schedule_of
+from diffsensor_lightning.controller import LightningController
 from diffsensor_lightning.gated_checkpoints import GatedCheckpoints
 from diffsensor_lightning.recipe import recipe_of
 
-_log = logging.getLogger(__name__)
+_warn = rank_zero_only(logging.getLogger(__name__).warning)
 
 #: The reading that the progress bar shows, where it is read.
 HEADLINE = "kl_ref_live"
@@ -61,7 +63,10 @@ class DriftMonitor(pl.Callback):
     and a budget moves the coefficient of a KL penalty. Rules may also look at "loss" and "learning_rate".
 
     A run resumed from a checkpoint compares with the reference that the first run stored, never with a new one; its
-    rules, responses and budget go on where that checkpoint was saved.
+    rules, responses and budget go on where that checkpoint was saved, also in another number of processes.
+
+    In a run of several processes each has a DriftMonitor with the same arguments. They share the probes; the first one
+    decides and writes, and all of them see the same readings and do the same at the same step.
 
     Args:
         probes: The probe set; or the path of a saved one; or the path of a .jsonl file with probes.
@@ -83,15 +88,18 @@ class DriftMonitor(pl.Callback):
             checkpoints, and in the name of the automatic record (`diffsensor-<bank>`).
         rules: Rules, and responses (rules with their actions). `Invariant()` alone where none are given.
         gate: What a checkpoint must meet. Every checkpoint then holds its verdict, under "diffsensor_verdict", and has
-            it beside it (`<checkpoint>.verdict.json`); one that did not pass is never among a ModelCheckpoint's best.
+            it beside it (`<checkpoint>.verdict.json`), or inside where it is a directory; one that did not pass is
+            never among a ModelCheckpoint's best.
         budget: Keeps the drift near a limit, by moving the coefficient of `penalty`.
         penalty: The KL penalty that `training_step` adds to its loss, such as a `KLPenalty`.
         sealed: These readings may alert a person, and drive no action: loggers get them, `callback_metrics` do not.
         noise_floor: Whether to measure, at the price of three readings before the first step, by how much the same
             weights read differently in another batch split. Loggers show it as `<key>/noise_floor`.
+        temperature: What logits are divided by before they are compared, as a policy's are when it samples.
 
     Raises:
-        MisconfigurationException: An argument means nothing here; the message names what would.
+        MisconfigurationException: An argument means nothing here, or the strategy is FSDPStrategy, which cannot be
+            read; the message names what would do.
     """
 
     def __init__(
@@ -116,6 +124,7 @@ class DriftMonitor(pl.Callback):
         penalty: Penalty | None = None,
         sealed: bool = False,
         noise_floor: bool = True,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         allowed = re.sub(r"[^\w.-]+", "_", bank) or "fixed"
@@ -146,6 +155,7 @@ class DriftMonitor(pl.Callback):
                 "sealed": sealed,
                 "progress": PROGRESS,
                 "noise_floor": noise_floor,
+                "temperature": temperature,
             }
             # Its arguments are checked when it is made; made again at each fit, when the record's place is known.
             Monitor(**self._arguments)
@@ -157,6 +167,7 @@ class DriftMonitor(pl.Callback):
         self._gated: GatedCheckpoints | None = None
         self._trainer: weakref.ref[pl.Trainer] | None = None
         self._is_shown = False
+        self._failed_loggers: set[str] = set()
         self._forget()
 
     def _forget(self) -> None:
@@ -205,12 +216,7 @@ class DriftMonitor(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        require_one_process(trainer)
-        if self._gate is not None and saves_in_its_own_way(trainer.strategy):
-            raise MisconfigurationException(
-                f"DriftMonitor was given a gate, and {type(trainer.strategy).__name__} saves checkpoints in a way of "
-                "its own, into which no verdict can be put. Use strategy='auto', or leave the gate out."
-            )
+        require_readable(trainer.strategy)
         # `fit` of the same trainer goes on where it was. Another trainer is another run, and what goes on there is
         # in its checkpoint, which is loaded after this.
         if self._trainer is None or self._trainer() is not trainer:
@@ -223,7 +229,7 @@ class DriftMonitor(pl.Callback):
         step = trainer.global_step
         goes_on = bool(self._stored)
         if step > 0 and not goes_on and self._arguments["reference"] is None:
-            _log.warning(
+            _warn(
                 "DriftMonitor starts at step %d and the checkpoint holds no state of it, so the model as it is "
                 "now becomes the reference. To compare with another model, give its directory: reference=...",
                 step,
@@ -297,13 +303,28 @@ class DriftMonitor(pl.Callback):
             return
         values |= {reading.floor_key: reading.noise_floor for reading in readings if _has_floor(reading)}
         for logger in trainer.loggers:
-            logger.log_metrics({key.replace("/", logger.group_separator): v for key, v in values.items()}, step=step)
-            logger.save()
+            self._log_to(logger, values, step)
         actionable = self._actionable()
         self._latest.update(actionable)
         # Not `pl_module.log`: Lightning goes through all that was logged at each batch (1 ms a batch for 300 keys),
         # and refuses it in on_train_start and on_train_end.
         trainer.callback_metrics.update(_as_tensors(actionable, pl_module))
+
+    def _log_to(self, logger: Logger, values: Mapping[str, float], step: int) -> None:
+        """Hand the readings to a logger. One that fails is told of once, and the run goes on."""
+        name = type(logger).__name__
+        named = {key.replace("/", logger.group_separator): value for key, value in values.items()}
+        if name == "MLFlowLogger":  # it knows no "=", and Lightning would warn of each key at each look
+            named = {re.sub(r"[^\w/. -]", "_", key, flags=re.ASCII): value for key, value in named.items()}
+        try:
+            logger.log_metrics(named, step=step)
+            logger.save()
+        except Exception as error:
+            if name not in self._failed_loggers:
+                self._failed_loggers.add(name)
+                logging.getLogger(__name__).error(
+                    "%s failed and shows no readings; the run goes on. %s", name, error, exc_info=error
+                )
 
     def _progress(self, trainer: pl.Trainer) -> dict[str, float | torch.Tensor]:
         rates = [group.get("lr") for optimizer in trainer.optimizers for group in optimizer.param_groups]
@@ -327,6 +348,9 @@ class DriftMonitor(pl.Callback):
         trainer = self._trainer() if self._trainer is not None else None
         assert trainer is not None
         step, module = trainer.global_step, trainer.lightning_module
+        if trainer.interrupted:  # in this process, maybe not in the others, so that nothing can be read
+            reason = "The run was broken off, and its weights may be between two steps."
+            return Verdict(step=step, outcome="unknown", reason=reason)
         if self._monitor is None:
             if self._verdict is not None and self._verdict.step == step:
                 return self._verdict
@@ -340,8 +364,8 @@ class DriftMonitor(pl.Callback):
     def _keep_if_passed(self, step: int) -> None:
         """A run that goes on from a checkpoint that passed can roll back to it."""
         assert self._monitor is not None and self._monitor.controller is not None
-        verdict = self._stored["verdict"]
-        if self._rolls_back and verdict is not None and (verdict["outcome"], verdict["step"]) == ("pass", step):
+        verdict = self._monitor.last_verdict
+        if self._rolls_back and verdict is not None and (verdict.outcome, verdict.step) == ("pass", step):
             self._monitor.controller.keep(step)
 
     def _show_in_progress_bar(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,6 +1,5 @@
 """A verdict in each checkpoint and beside it, and none that did not pass among ModelCheckpoint's best."""
 
-import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -8,25 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from diffsensor import DiffSensorError, Verdict, read_verdict, write_verdict
 
 _log = logging.getLogger(__name__)
+_warn = rank_zero_only(_log.warning)
 
 
-class GatedCheckpoints(CheckpointIO):
-    """Saves through the trainer's own CheckpointIO, and sees to the verdicts.
+class GatedCheckpoints:
+    """Saves as the trainer and its strategy do, and sees to the verdicts.
 
     A checkpoint that does not pass is never among the best of a ModelCheckpoint. One that keeps the k best does not
     save it at all, since it would push one that passed from the disk. The others save it as they would have:
     `best_model_path` then stays at the one that passed last, which is not removed; of those that did not pass, only
     the latest is kept, unless all are.
+
+    In a run of several processes all of them come here, and all keep the same account of what is the best: at a
+    ModelCheckpoint whose account is another one, some processes would wait for the others. The first one has the files.
     """
 
-    def __init__(self, trainer: pl.Trainer, inner: CheckpointIO) -> None:
-        self._trainer, self._inner = trainer, inner
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
         self._judges: dict[str, tuple[pl.Callback, Callable[[], Verdict]]] = {}
         self._best: dict[ModelCheckpoint, str] = {}
         #: The latest checkpoint that did not pass, of those that keep one.
@@ -34,28 +37,33 @@ class GatedCheckpoints(CheckpointIO):
         self._vetoed: list[ModelCheckpoint] = []
         #: Where the checkpoints are that passed and were not removed since, the newest one last.
         self.passed: list[str] = []
-        self._read_before_saving()
+        # Lightning has no hooks in these places, which all processes come by. A CheckpointIO is told by the first
+        # process alone, and of a distributed checkpoint not at all.
+        self._save, self._write = trainer.save_checkpoint, trainer.strategy.save_checkpoint
+        self._remove = trainer.strategy.remove_checkpoint
+        trainer.save_checkpoint = self._read_and_save  # type: ignore[method-assign]
+        trainer.strategy.save_checkpoint = self._write_checkpoint  # type: ignore[method-assign]
+        trainer.strategy.remove_checkpoint = self._remove_checkpoint  # type: ignore[method-assign]
 
     @classmethod
     def of(cls, trainer: pl.Trainer) -> "GatedCheckpoints":
         """The one of this trainer, put in place where there is none yet."""
-        inner = trainer.strategy.checkpoint_io
-        if isinstance(inner, cls):
-            return inner
-        gated = trainer.strategy.checkpoint_io = cls(trainer, inner)
-        return gated
+        there = getattr(trainer.strategy.save_checkpoint, "__self__", None)
+        return there if isinstance(there, cls) else cls(trainer)
 
     def begin(self, suffix: str, callback: pl.Callback, judge: Callable[[], Verdict], passed: Sequence[str]) -> None:
         """Training starts: `judge` is asked at each save, and `passed` are the checkpoints known to have passed."""
         self._judges[suffix] = (callback, judge)
-        self.passed = [path for path in dict.fromkeys([*self.passed, *passed]) if self._is_proven(path)]
+        known = dict.fromkeys([*self.passed, *passed])
+        proven = [path for path in known if self._trainer.is_global_zero and self._is_proven(path)]
+        self.passed = self._trainer.strategy.broadcast(proven)
         self._held.clear()
         for saver in self._savers():
             if saver not in self._vetoed:
                 self._veto(saver)
-            known = {path for path in (*saver.best_k_models, saver.best_model_path) if path}
-            for path in sorted(known - set(self.passed)):
-                _log.warning("%s has no verdict, or did not pass the gate. It is not among the best any more.", path)
+            best = {path for path in (*saver.best_k_models, saver.best_model_path) if path}
+            for path in sorted(best - set(self.passed)):
+                _warn("%s has no verdict, or did not pass the gate. It is not among the best any more.", path)
                 self._leave_out(saver, path)
             self._best[saver] = saver.best_model_path
 
@@ -68,8 +76,13 @@ class GatedCheckpoints(CheckpointIO):
     def verdicts(self) -> dict[str, Verdict]:
         return {suffix: judge() for suffix, (_, judge) in self._judges.items()}
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        path, verdicts = str(path), self.verdicts()
+    def _read_and_save(self, *args: Any, **kwargs: Any) -> None:
+        """What a verdict's reading calls for may change the run, so it comes before anything is put into a dict."""
+        self.verdicts()
+        self._save(*args, **kwargs)
+
+    def _write_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        path, verdicts = str(filepath), self.verdicts()
         has_passed = all(verdict.outcome == "pass" for verdict in verdicts.values())
         self.passed = [other for other in self.passed if other != path] + [path] * has_passed
         superseded = [old for saver in self._savers() for old in self._rank(saver, path, has_passed)]
@@ -79,49 +92,31 @@ class GatedCheckpoints(CheckpointIO):
             # They were put there before it was known whether this one passes.
             for callback in (*self._savers(), *(callback for callback, _ in self._judges.values())):
                 checkpoint["callbacks"][callback.state_key] = callback.state_dict()
-        for replaced in (path, *(saver.last_model_path for saver in self._savers() if saver.save_last == "link")):
-            self._forget_verdicts(replaced)  # a file with new content never has the verdict on the old one
-        self._inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
-        if _is_local(path):
+        # What has new content never has the verdict on the old one.
+        self._forget_verdicts(path)
+        for link in (saver.last_model_path for saver in self._savers() if saver.save_last == "link"):
+            self._forget_verdicts(link, is_link=True)
+        self._write(checkpoint, filepath, storage_options=storage_options)
+        if self._has_files(path):
             for suffix, verdict in verdicts.items():
                 try:
                     Path(path).parent.mkdir(parents=True, exist_ok=True)  # the checkpoint itself may come later
-                    write_verdict(_beside(path, suffix), verdict)
+                    write_verdict(_place(path, suffix), verdict)
                 except OSError as error:  # a verdict that is missing is unknown, and no reason to end a run
                     _log.error("The verdict on %s could not be written beside it. %s", path, error)
         for old in superseded:
-            self.remove_checkpoint(old)
+            self._remove_checkpoint(old)
 
-    def remove_checkpoint(self, path: Any) -> None:
-        path = str(path)
+    def _remove_checkpoint(self, filepath: Any) -> None:
+        path = str(filepath)
         if any(path == saver.best_model_path or path in saver.best_k_models for saver in self._savers()):
             return  # ModelCheckpoint takes it for superseded, by one that did not pass
-        self._inner.remove_checkpoint(path)
+        self._remove(filepath)
         self._forget_verdicts(path)
         self.passed = [other for other in self.passed if other != path]
 
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        return self._inner.load_checkpoint(*args, **kwargs)
-
-    def teardown(self) -> None:
-        self._inner.teardown()
-
     def _savers(self) -> list[ModelCheckpoint]:
         return [saver for saver in self._trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
-
-    def _read_before_saving(self) -> None:
-        """What a verdict's reading calls for may change the run, so it comes before the first part is put into a dict.
-
-        Lightning has no hook there.
-        """
-        save = self._trainer.save_checkpoint
-
-        @functools.wraps(save)
-        def save_checkpoint(*args: Any, **kwargs: Any) -> None:
-            self.verdicts()
-            save(*args, **kwargs)
-
-        self._trainer.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
 
     def _veto(self, saver: ModelCheckpoint) -> None:
         """Let the k best be chosen from those alone that pass."""
@@ -134,7 +129,7 @@ class GatedCheckpoints(CheckpointIO):
                 return True
             failed = [verdict for verdict in self.verdicts().values() if verdict.outcome != "pass"]
             for verdict in failed:
-                _log.warning("No checkpoint is saved among the best at step %d. %s", verdict.step, verdict.reason)
+                _warn("No checkpoint is saved among the best at step %d. %s", verdict.step, verdict.reason)
             return not failed
 
         saver.check_monitor_top_k = check_monitor_top_k  # type: ignore[method-assign]
@@ -168,15 +163,26 @@ class GatedCheckpoints(CheckpointIO):
         if not _is_local(path):
             return True
         try:
-            return all(read_verdict(_beside(path, suffix)).outcome == "pass" for suffix in self._judges)
+            return all(read_verdict(_place(path, suffix)).outcome == "pass" for suffix in self._judges)
         except DiffSensorError as error:
             _log.warning("The verdict on %s cannot be read, so it is unknown. %s", path, error)
             return False
 
-    def _forget_verdicts(self, path: str) -> None:
-        if _is_local(path):
+    def _forget_verdicts(self, path: str, *, is_link: bool = False) -> None:
+        """What a link to a directory leads to keeps its own."""
+        if self._has_files(path):
             for suffix in self._judges:
                 _beside(path, suffix).unlink(missing_ok=True)
+                if Path(path).is_dir() and not is_link:
+                    _place(path, suffix).unlink(missing_ok=True)
+
+    def _has_files(self, path: str) -> bool:
+        return self._trainer.is_global_zero and _is_local(path)
+
+
+def _place(path: str, suffix: str) -> Path:
+    """Where the verdict is kept: in a checkpoint that is a directory, else beside it."""
+    return Path(path, f"diffsensor-verdict{suffix}.json") if Path(path).is_dir() else _beside(path, suffix)
 
 
 def _beside(path: str, suffix: str) -> Path:
