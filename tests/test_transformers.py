@@ -421,18 +421,12 @@ def test_a_classifier_of_texts_is_refused_with_text_probes(tmp_path: Path) -> No
     refused(tmp_path, [callback(tmp_path)], r"logits of shape \[1, 1\], expected \[1, 5, classes\]", tiny_classifier())
 
 
-class Says2Processes(TrainerCallback):
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.monkeypatch = monkeypatch
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.monkeypatch.setattr(TrainingArguments, "world_size", 2)
+def test_zero_3_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffsensor_transformers.callback.is_deepspeed_zero3_enabled", lambda: True)
+    refused(tmp_path, [callback(tmp_path)], "a run of DeepSpeed ZeRO-3.*Use ZeRO-2, or FSDP2")
 
 
-def test_a_run_of_several_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refused(tmp_path, [Says2Processes(monkeypatch), callback(tmp_path)], "a run of 2 processes")
-
-
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
@@ -441,6 +435,8 @@ def test_a_run_of_several_processes_is_refused(tmp_path: Path, monkeypatch: pyte
         ({"sensors": "lihgt"}, "'light'"),
         ({"bank": "my probes"}, "bank='my probes'"),
         ({"bank": ""}, "bank=''"),
+        ({"temperature": "polcy"}, "temperature='polcy'.*Did you mean 'policy'"),
+        ({"temperature": 0.0}, "temperature=0.0"),
     ],
 )
 def test_a_wrong_argument_is_refused_at_once(wrong: dict[str, Any], sentence: str) -> None:

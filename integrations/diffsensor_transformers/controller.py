@@ -16,9 +16,6 @@ try:
 except ImportError as error:
     raise ImportError("TrainerController needs transformers: pip install 'diffsensor[transformers]'") from error
 
-#: What a checkpoint must hold to go back to it.
-_FOR_ROLLBACK = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
-
 
 class TrainerController:
     """The controller of a trainer; to be asked between two updates, as in the trainer's own callbacks.
@@ -121,10 +118,12 @@ class TrainerController:
 
     def _load(self, directory: Path) -> int:
         """Put weights, optimizer, scaler and random states back to those of a checkpoint; learning rates stay."""
-        if missing := [name for name in _FOR_ROLLBACK if not (directory / name).exists()]:
+        args = self._trainer.args
+        random = "rng_state.pth" if args.world_size <= 1 else f"rng_state_{args.process_index}.pth"
+        if missing := [name for name in ("optimizer.pt", "scheduler.pt", random) if not (directory / name).exists()]:
             raise RefusedError(
                 f"{directory} passed last and has no {missing[0]}, so it cannot be gone back to. Save whole "
-                "checkpoints: save_only_model=False."
+                "checkpoints, save_only_model=False, with as many processes as there are now."
             )
         trainer, place, groups = self._trainer, str(directory), self._optimizer.param_groups
         assert trainer.lr_scheduler is not None

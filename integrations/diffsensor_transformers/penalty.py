@@ -1,6 +1,6 @@
 """The KL penalty in a run of transformers' Trainer or TRL's SFTTrainer: it is added to what `compute_loss` returns."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,8 +20,13 @@ _WITH_BETA = ("DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer")
 
 def own_beta(trainer: Trainer) -> str:
     """Which of TRL's trainers with a KL coefficient this is; "" where it is none of them."""
+    return kind_in_trl(trainer, _WITH_BETA)
+
+
+def kind_in_trl(trainer: Trainer, names: Sequence[str]) -> str:
+    """Which of these trainers of TRL's this is, itself or built on it; "" where it is none of them."""
     kinds = (kind for kind in type(trainer).__mro__ if kind.__module__.startswith("trl."))
-    return next((kind.__name__ for kind in kinds if kind.__name__ in _WITH_BETA), "")
+    return next((kind.__name__ for kind in kinds if kind.__name__ in names), "")
 
 
 def penalised(trainer: Trainer, penalty: KLPenalty) -> "PenalisedLoss":

@@ -23,7 +23,7 @@ def recipe_of(trainer: Trainer) -> dict[str, object]:
     args = trainer.args
     recipe: dict[str, object] = {
         "trainer": type(trainer).__name__,
-        "batch_size": args.train_batch_size * args.gradient_accumulation_steps,
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "max_steps": trainer.state.max_steps,
     }
     recipe |= {name: _plain(vars(args)[name]) for name in _ARGUMENTS if name in vars(args)}
