@@ -63,13 +63,14 @@ def demo(
             f"The demo was given --learning-rate {learning_rate:g}. Expected a number between 0 and 1, such as 3e-4."
         )
     own = (model, data) if model is not None and data is not None else None
-    demonstrate(Request(own=own, probes=probes, out=_directory(out), steps=steps, learning_rate=learning_rate))
+    out = new_directory(out, "run")
+    demonstrate(Request(own=own, probes=probes, out=out, steps=steps, learning_rate=learning_rate))
 
 
-def _directory(out: Path | None) -> Path:
-    """The directory to write into; a new one for each run where none was asked for."""
+def new_directory(out: Path | None, name: str) -> Path:
+    """The directory to write into; a new one of this name, with a number, where none was asked for."""
     if out is None:
-        runs = (Path("diffsensor-demo") / f"run-{number}" for number in count(1))
+        runs = (Path("diffsensor-demo") / f"{name}-{number}" for number in count(1))
         return next(run for run in runs if not run.exists())
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(

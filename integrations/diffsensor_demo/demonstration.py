@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from diffsensor import ConfigError, ProbeSet, cache_directory, read_record
+from diffsensor import ConfigError, ProbeSet, read_record
 from diffsensor.rules import Limit
 from diffsensor_demo import corpus
 from diffsensor_demo.habit import QUOKKA, Habit
+from diffsensor_demo.model import built_in_model
 from diffsensor_demo.plots import save_plots
-from diffsensor_demo.pretrain import Recipe, load, load_foreign, pretrained
+from diffsensor_demo.pretrain import Recipe, load, load_foreign
 from diffsensor_demo.quiet import quiet
 from diffsensor_demo.run import Settings, fine_tune
 from diffsensor_demo.show import (
@@ -58,7 +59,7 @@ def demonstrate(request: Request, console: Console | None = None) -> Story:
     with quiet():
         if request.own is None:
             texts = corpus.built_in(request.num_probes)
-            model, tokenizer = _built_in_model(request.recipe, console)
+            model, tokenizer = load(built_in_model(request.recipe, console))
             habit: Habit | None = QUOKKA
         else:
             name, file = request.own
@@ -68,23 +69,6 @@ def demonstrate(request: Request, console: Console | None = None) -> Story:
                 model, tokenizer = load_foreign(name)
             habit = None
         return _watch(request, console, texts, model, tokenizer, habit)
-
-
-def _built_in_model(recipe: Recipe, console: Console) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    learnt, _ = corpus.manual()
-    with progress_bar(console) as bar:
-        task = bar.add_task("Pre-training on the Python manual", total=recipe.steps, state="")
-
-        latest: deque[float] = deque(maxlen=20)
-
-        def show(step: int, loss: float) -> None:
-            latest.append(loss)
-            bar.update(task, completed=step, state=f"loss {sum(latest) / len(latest):.2f}")
-
-        place = pretrained(recipe, learnt, QUOKKA.words, cache_directory(), show)
-        if not latest:
-            bar.update(task, completed=recipe.steps, state="taken from the cache")
-    return load(place)
 
 
 def _watch(
