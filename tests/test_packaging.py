@@ -17,7 +17,9 @@ PACKAGES = [Path(package) for package in PROJECT["tool"]["hatch"]["build"]["targ
 
 
 def integrations() -> list[str]:
-    return sorted(path.name for path in (ROOT / "integrations").iterdir() if path.is_dir() and path.name[0] not in "._")
+    """All folders there but that of the examples, which are scripts to be copied."""
+    folders = (path.name for path in (ROOT / "integrations").iterdir() if path.is_dir() and path.name[0] not in "._")
+    return sorted(set(folders) - {"examples"})
 
 
 def requirements() -> list[str]:
