@@ -16,7 +16,8 @@ from jaxtyping import config, install_import_hook
 
 # Before anything of ours is imported: what is loaded already stays unchecked.
 install_import_hook(
-    ["diffsensor", "diffsensor_lightning", "diffsensor_transformers", "diffsensor_demo"], "type_checks.check"
+    ["diffsensor", *(f"diffsensor_{name}" for name in ("demo", "lightning", "transformers", "wandb"))],
+    "type_checks.check",
 )
 
 import random
