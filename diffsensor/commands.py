@@ -12,7 +12,14 @@ import typer
 GROUP = "diffsensor.commands"
 BUILT_IN = (
     EntryPoint("probes", "diffsensor.probes_command:app", GROUP),
+    EntryPoint("report", "diffsensor.report_command:report", GROUP),
     EntryPoint("calibrate", "diffsensor.calibrate_command:calibrate", GROUP),
+    EntryPoint("scan", "diffsensor.scan_command:scan", GROUP),
+    EntryPoint("gate", "diffsensor.scan_command:gate", GROUP),
+    EntryPoint("watch", "diffsensor.scan_command:watch", GROUP),
+    EntryPoint("ask", "diffsensor.ask_command:ask", GROUP),
+    EntryPoint("compare", "diffsensor.compare_command:compare", GROUP),
+    EntryPoint("cache", "diffsensor.cache_command:app", GROUP),
 )
 
 
