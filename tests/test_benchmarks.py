@@ -168,3 +168,65 @@ def test_rules_are_judged_on_runs_where_nothing_is_wrong(tmp_path: Path) -> None
     assert all(row["interval"][0] <= row["false_alarms"] <= row["interval"][1] for row in rows)
     low, high = streams.binomial_interval(5, 100)
     assert (round(low, 4), round(high, 4)) == (0.0164, 0.1128)
+
+
+def test_the_ranks_benchmark_shares_the_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = script("bench_ranks")
+    assert bench.main(["--quick", "--json", str(tmp_path / "rows.json")]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert [(row["model"], row["sensors"]) for row in rows] == [
+        (model, sensors) for model in ("DDP", "FSDP2") for sensors in ("light", "full")
+    ]
+    assert all(row["tokens"] == 0.5 and row["cpu"] > 0 and row["processes"] == 2 for row in rows)
+    assert "missed" not in capsys.readouterr().out
+
+
+def test_the_contextual_benchmark_reads_both_banks(tmp_path: Path) -> None:
+    bench = script("bench_contextual")
+    arguments = ["--quick", "--cache", str(tmp_path), "--json", str(tmp_path / "rows.json")]
+    assert bench.main(arguments) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert {(row["way"], row["bank"]) for row in rows} == {(way, bank) for way in bench.WAYS for bank in bench.BANKS}
+
+
+def test_the_scan_benchmark_asks_the_reference_once(tmp_path: Path) -> None:
+    bench = script("bench_scan")
+    assert bench.main(["--quick", "--json", str(tmp_path / "rows.json")]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert [(row["head"], row["times_asked"], row["num_checkpoints"]) for row in rows] == [
+        ("frozen", 1, 3),
+        ("trained", 1, 3),
+    ]
+    assert all(row["ratio"] > 0.5 for row in rows)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing(_enable|_disable)?. is deprecated:FutureWarning")
+def test_the_hack_benchmark_runs_every_kind_of_run_and_resumes(tmp_path: Path) -> None:
+    bench = script("bench_hack")
+    arguments = ["--quick", "--cache", str(tmp_path), "--json"]
+    assert bench.main([*arguments, str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert {row["arm"] for row in found["rows"]} == {"honest tests", "none", "budget 0.2", "beta 0.2"}
+    assert [rule.split()[0] for rule in found["rules"]] == ["Limit"] * 4 + ["Envelope"] * 3 + ["ChangePoint"] * 2
+    assert all(row["beta"] > 0 for row in found["rows"] if row["arm"].startswith("budget"))
+    stamps = {file: file.stat().st_mtime_ns for file in tmp_path.glob("hack-*/*/completions.json")}
+    assert len(stamps) == 13
+    assert bench.main([*arguments, str(tmp_path / "again.json")]) == 0
+    assert {file: file.stat().st_mtime_ns for file in stamps} == stamps
+    assert (tmp_path / "again.json").read_text() == (tmp_path / "found.json").read_text()
+
+
+def test_the_hack_benchmark_counts_readings_and_names_each_missed_target() -> None:
+    bench = script("bench_hack")
+    assert [bench.delay(25, alert, 2) for alert in (24, 26, 28, 20, None)] == [0, 1, 2, -2, None]
+    assert (bench.delay(24, 24, 2), bench.delay(24, 38, 2), bench.delay(None, 8, 2)) == (0, 7, None)
+    numbers = ("reward", "score", "hacked", "kl", "largest", "beta", "place_at_beginning", "place_at_alert", "seconds")
+    given = {**dict.fromkeys(numbers, 0), "alerts": {}, "term": ""}
+    rows = [
+        bench.Row(arm=arm, seed=seed, began=began, delays={"first": late, "second": 50}, **given)
+        for arm, seed, began, late in (
+            (bench.NONE, 0, 9, 10), (bench.NONE, 1, 9, 11), (bench.NONE, 2, 9, None), (bench.NONE, 3, None, None),
+            ("budget 0.1", 4, 9, None),
+        )
+    ]  # fmt: skip
+    assert [line[:6] for line in bench.missed(rows)] == ["seed 1", "seed 2"]
