@@ -33,13 +33,22 @@ from diffsensor.look import Failure, look_at, told_of
 from diffsensor.noise_floor import measured_floor, with_floor
 from diffsensor.oversight import Oversight
 from diffsensor.probes import ProbeSet, RollingProbes, checksum_of
-from diffsensor.protocols import Budget, Controller, OutputHead, Rule, Schedule, Sensor, Sink, Teller
+from diffsensor.protocols import Budget, Controller, Rule, Schedule, Sensor, Sink, Teller
 from diffsensor.ranks import Due, Ranks, mean_of
 from diffsensor.record import MANIFEST, Record, read_manifest, read_record
 from diffsensor.reference import Reference, require_fitting
+from diffsensor.requirements import (
+    require_alike,
+    require_arguments,
+    require_parts,
+    require_readable,
+    require_same_probes,
+    require_same_temperature,
+    require_same_vocabulary,
+)
 from diffsensor.rules import Invariant
 from diffsensor.schedules import every
-from diffsensor.sensors import Activations, Outputs, resolve_sensors
+from diffsensor.sensors import resolve_sensors
 from diffsensor.sinks import LogAlerts
 from diffsensor.storage.atomic import store
 from diffsensor.storage.checked_json import json_bytes, parse_json, read_json
@@ -131,9 +140,9 @@ class Monitor:
         noise_floor: bool = True,
         temperature: float = 1.0,
     ) -> None:
-        _require_arguments(probes, schedule, hookpoints)
+        require_arguments(probes, schedule, hookpoints)
         require_temperature(temperature)
-        _require_parts(rules, sinks, controller, tellers)
+        require_parts(rules, sinks, controller, tellers)
         self.probes = probes
         self.reference = reference if isinstance(reference, Reference) else None
         self.sensors = resolve_sensors(sensors)
@@ -174,7 +183,7 @@ class Monitor:
         self._reference_model = None if isinstance(reference, Reference) else reference
         self._bank = bank
         if self.reference is not None and isinstance(probes, ProbeSet):
-            _require_same_probes(self.reference.probes, probes)
+            require_same_probes(self.reference.probes, probes)
         if resume and record is None:
             raise ConfigError("resume=True was given without a record. Name the record that is to be gone on with.")
 
@@ -193,7 +202,7 @@ class Monitor:
     def _attach(self, model: nn.Module) -> None:
         ranks = self._ranks
         # Before anything that they do together: the model may be one that runs in all processes or in none.
-        _require_alike(ranks.each("arguments", self._arguments()))
+        require_alike(ranks.each("arguments", self._arguments()))
         resume, fingerprint = ranks.told("run to go on with", self._to_go_on_with)
         if self._contextual is not None:
             self.reference = self._trial_of(self._contextual, model, fingerprint)
@@ -217,16 +226,16 @@ class Monitor:
                 f"The run that goes on is compared with the reference {self._fingerprint[:12]}; given was "
                 f"{self.reference.fingerprint[:12]}. Give the reference that the run began with, or begin a new run."
             )
-        _require_alike(ranks.each("reference", {"reference": self.reference.fingerprint[:12]}))
-        _require_same_temperature(self.reference, self._temperature)
+        require_alike(ranks.each("reference", {"reference": self.reference.fingerprint[:12]}))
+        require_same_temperature(self.reference, self._temperature)
         capture = Capture(model, self.reference.hookpoints, self._model_path, temperature=self._temperature)
         probes = self.reference.probes
         require_fitting(probes, capture)
         with leave_no_trace(capture.root):
             capture.try_out(probes.first(), is_text=probes.is_text)
             require_same_context(self.reference.context, capture.context())
-            _require_same_vocabulary(self.reference, capture.head())
-            _require_readable(self.sensors, self.reference, capture)
+            require_same_vocabulary(self.reference, capture.head())
+            require_readable(self.sensors, self.reference, capture)
         self._oversight.speaks = ranks.is_first
         self._oversight.check(self._scope(), self.controller)
         if self._record_path is not None:
@@ -741,37 +750,6 @@ def _described(probes: ProbeSet | RollingProbes) -> dict[str, object]:
     return {"num_probes": None, "num_positions": None, "rolling": probes.described}
 
 
-def _require_arguments(probes: object, schedule: object, hookpoints: object) -> None:
-    if not isinstance(probes, ProbeSet | RollingProbes):
-        raise ConfigError(
-            f"probes is a {type(probes).__name__}, expected a probe set: ProbeSet.from_texts(texts, tokenizer), or "
-            "ProbeSet.default(tokenizer); or RollingProbes(tokenizer), for what the run itself offers."
-        )
-    if schedule is not None and not callable(schedule):
-        raise ConfigError(f"schedule={schedule!r} was given, expected a function of the step, such as every(50).")
-    if not isinstance(hookpoints, Sequence):
-        raise ConfigError(f"hookpoints={hookpoints!r} was given, expected 'auto' or a sequence of names and globs.")
-
-
-def _require_parts(rules: object, sinks: object, controller: object, tellers: Sequence[object]) -> None:
-    if rules is not None and not isinstance(rules, Sequence):
-        raise ConfigError(f"rules={rules!r} was given, expected a list of rules and responses: rules=[Limit(...)].")
-    if not isinstance(sinks, Sequence):
-        raise ConfigError(f"sinks={sinks!r} was given, expected a list of sinks: sinks=[Webhook(...)].")
-    for sink in sinks:
-        if not isinstance(sink, Sink) or isinstance(sink, type):
-            hint = " Did you mean Calls(function)?" if callable(sink) else ""
-            raise ConfigError(f"sinks holds {sink!r}, which has no write(findings) and close().{hint}")
-    for teller in tellers:
-        if not isinstance(teller, Teller) or isinstance(teller, type):
-            raise ConfigError(f"tellers holds {teller!r}, which does not tell anything: it has no tell(findings).")
-    if controller is not None and not isinstance(controller, Controller):
-        raise ConfigError(
-            f"controller is a {type(controller).__name__}, expected what says what the run can do: "
-            "LoopController(model, optimizer)."
-        )
-
-
 def _tell_into(told: list[Reading], teller: Teller, findings: Findings) -> None:
     told += teller.tell(findings)
 
@@ -791,54 +769,3 @@ def _replica_faults(checksums: Sequence[str]) -> list[Fault]:
     who = "process {} of {} holds" if len(others) == 1 else "processes {} of {} hold"
     detail = f"{who.format(listed(others), len(checksums))} other weights"
     return [Fault(kind="replicas", subject="weights", detail=f"{detail} than process 0, which all should share")]
-
-
-def _require_alike(arguments: Sequence[Mapping[str, str]]) -> None:
-    """Raise where a process was given something else than the first one: their readings could not be put together."""
-    for rank, given in enumerate(arguments):
-        if differ := next((name for name in given if given[name] != arguments[0][name]), None):
-            raise ConfigError(
-                f"The processes of this run disagree about the monitor's {differ}: {arguments[0][differ]!r} in process "
-                f"0, {given[differ]!r} in process {rank}. Give all of them the same arguments, and models with the "
-                "same weights."
-            )
-
-
-def _require_same_temperature(reference: Reference, temperature: float) -> None:
-    if reference.temperature != temperature:
-        raise ReferenceMismatchError(
-            f"The reference was built at temperature {reference.temperature:g}, and is to be read at {temperature:g}. "
-            f"Build it with Reference.build(..., temperature={temperature:g}), or leave the monitor's temperature out."
-        )
-
-
-def _require_readable(sensors: Sequence[Sensor], reference: Reference, capture: Capture) -> None:
-    """Raise where a sensor would read numbers that mean nothing, or none at all."""
-    if not capture.gives_distribution and any(isinstance(sensor, Outputs) for sensor in sensors):
-        raise ConfigError(
-            f"{type(capture.root).__name__} gives no distribution over classes: it gives one value (of which a softmax "
-            "is always 1), or its configuration says that it is a regressor or labels independently. Its outputs would "
-            "read as unmoved, or mean nothing. Read its activations: sensors=['activations'], with the last layer "
-            "among the hookpoints for how far its answers moved."
-        )
-    if not reference.hookpoints and all(isinstance(sensor, Activations) for sensor in sensors):
-        raise ConfigError(
-            "Only activations are to be read, and there is no hookpoint. Name some: hookpoints=['layer.name', ...]."
-        )
-
-
-def _require_same_probes(theirs: ProbeSet, ours: ProbeSet) -> None:
-    if theirs.fingerprint != ours.fingerprint:
-        raise ReferenceMismatchError(
-            f"The reference was computed for the probe set {theirs.fingerprint[:12]}; given was "
-            f"{ours.fingerprint[:12]}. Use the same probes (and tokenizer), or build a reference for these."
-        )
-
-
-def _require_same_vocabulary(reference: Reference, head: OutputHead) -> None:
-    there = reference.token_mass().shape[1]
-    if head.vocab_size != there:
-        raise ReferenceMismatchError(
-            f"The reference has {there} output tokens, the live model {head.vocab_size}. Tokens cannot be compared "
-            "across vocabularies: use a reference with the live model's vocabulary, resized in the same way."
-        )

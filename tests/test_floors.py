@@ -24,7 +24,12 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
     ),
     ({"actions", "control", "reference", "rules", "sinks"}, {"gate"}, {"follow"}),
     ({"sensors"},),
-    ({"record"}, {"checkpoints", "look", "noise_floor", "oversight", "policy"}, {"contextual"}, {"monitor"}),
+    (
+        {"record"},
+        {"checkpoints", "look", "noise_floor", "oversight", "policy", "requirements"},
+        {"contextual"},
+        {"monitor"},
+    ),
     (
         {"report", "scan"},
         {"watch"},

@@ -149,10 +149,10 @@ def test_two_that_build_at_once_leave_one(tmp_path: Path, monkeypatch: pytest.Mo
     model = llama()
     ask = reference_module._ask
 
-    def slow(*given: object) -> object:
+    def slow(*given: object, **options: object) -> object:
         monkeypatch.setattr(reference_module, "_ask", ask)
         Reference.build(model, probe_set(), tmp_path)  # the other one is faster
-        return ask(*given)
+        return ask(*given, **options)
 
     monkeypatch.setattr(reference_module, "_ask", slow)
     reference = Reference.build(model, probe_set(), tmp_path)
