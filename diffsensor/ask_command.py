@@ -117,8 +117,9 @@ def _when(contents: "RecordContents", step: int | None, metric: str, top: int) -
             break
         start = reading.step
     alert = min(contents.alerts, key=lambda each: each.first_step, default=None)
+    first = " (the first that was read)" if start == series[0].step else ""
     told = (
-        f"{metric} has been measurable since step {start}."
+        f"{metric} has been measurable since step {start}{first}."
         if start is not None
         else f"{metric} shows no lasting drift."
     )

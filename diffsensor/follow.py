@@ -34,7 +34,7 @@ class FollowedVerdicts:
 
     A verdict is late by as long as the watch takes to read a checkpoint: the run goes on meanwhile. A "fail" asks for
     the actions; an "unknown" is told in the log, and asks for them only where `unknown_is_fail`. Those that were there
-    before the run began, or went on, are history, unless they are of a step that is still to come.
+    before the run began, or went on, are history; one that is written anew is not.
 
     Arguments:
         directory: where the checkpoints are.
@@ -61,15 +61,14 @@ class FollowedVerdicts:
         self.directory = Path(directory)
         self.actions: tuple[Action, ...] = (Stop(),) if actions is None else tuple(actions)
         self._every, self._unknown_is_fail = every, unknown_is_fail
-        self._known: set[tuple[str, int]] = set()
+        self._known: set[tuple[str, int]] = set()  # names, and when they were written
 
-    def begin(self, step: int, controller: Controller) -> None:
+    def begin(self, controller: Controller) -> None:
         """Before the first step: take what is there as history, and raise where the run cannot do what is asked."""
         for action in self.actions:
             if action.needs is not None and (reason := controller.cannot(action.needs)):
                 raise ConfigError(f"Failed verdicts ask for {action.name}, which this run cannot do. {reason}")
-        there = Ranks.now().told("verdicts there", self._there)
-        self._known = {(name, verdict.step) for name, verdict in there if verdict.step <= step}
+        self._known = set(Ranks.now().told("verdicts there", lambda: [each[:2] for each in self._there()]))
 
     def look(self, step: int, controller: Controller) -> list[Followed]:
         """The verdicts that are new, and what was done for them, where a look is due."""
@@ -77,13 +76,13 @@ class FollowedVerdicts:
             return []
         ranks = Ranks.now()
         try:
-            new = ranks.told("new verdicts", lambda: [each for each in self._there() if _key(each) not in self._known])
+            new = ranks.told("new verdicts", lambda: [each for each in self._there() if each[:2] not in self._known])
         except RanksError as error:
             logger.error("%s Verdicts are not followed any more.", error)
             return []
         found = []
-        for name, verdict in sorted(new, key=lambda each: each[1].step):
-            self._known.add((name, verdict.step))
+        for name, written, verdict in sorted(new, key=lambda each: each[2].step):
+            self._known.add((name, written))
             obeys = verdict.outcome == "fail" or (verdict.outcome == "unknown" and self._unknown_is_fail)
             if ranks.is_first and verdict.outcome != "pass":
                 logger.warning("The checkpoint %s does not pass (%s). %s", name, verdict.outcome, verdict.reason)
@@ -92,14 +91,14 @@ class FollowedVerdicts:
             found.append(Followed(checkpoint=self.directory / name, verdict=verdict, actions=taken))
         return found
 
-    def _there(self) -> list[tuple[str, Verdict]]:
-        """The verdicts in the directory. One that was changed is left out, with a word in the log."""
+    def _there(self) -> list[tuple[str, int, Verdict]]:
+        """The verdicts in the directory, and when they were written. A changed one is left out, with a word."""
         files = [*self.directory.glob(f"*/{VERDICT_IN}"), *self.directory.glob(f"*{VERDICT_BESIDE}")]
         found = []
         for file in sorted(files):
             name = file.parent.name if file.name == VERDICT_IN else file.name.removesuffix(VERDICT_BESIDE)
             try:
-                found.append((name, read_verdict(file)))
+                found.append((name, file.stat().st_mtime_ns, read_verdict(file)))
             except (OSError, DiffSensorError) as error:
                 logger.warning("The verdict in %s cannot be read. %s", file, error)
         return found
@@ -119,10 +118,6 @@ class FollowedVerdicts:
         )
         taken = ActionTaken(step=step, rule=GATE, action=action.name, outcome="done", detail="")
         return _outcome(taken, lambda: action(alert, controller))
-
-
-def _key(found: tuple[str, Verdict]) -> tuple[str, int]:
-    return found[0], found[1].step
 
 
 def _outcome(taken: ActionTaken, act: Callable[[], str]) -> ActionTaken:

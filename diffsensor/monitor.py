@@ -170,7 +170,7 @@ class Monitor:
         self._told: set[tuple[str, str, int]] = set()
         self._findings: Findings | None = None
         self._verdict: Verdict | None = None
-        self._passes = True  # the model at the last verdict, so that a change of it is told
+        self._outcome = "pass"  # of the last verdict, so that a change of it is told
         self._record_path = None if record is None else Path(record)
         self._record: Record | None = None
         self._sinks: tuple[Sink, ...] = (LogAlerts(), *sinks)
@@ -453,9 +453,10 @@ class Monitor:
         findings = self._findings
         try:
             verdict = self._verdict = self._ranks.told("verdict", lambda: self._oversight.verdict(gate, findings))
-            if (passes := verdict.outcome == "pass") != self._passes:
-                self._passes = passes
+            if verdict.outcome != self._outcome:
+                self._outcome = verdict.outcome
                 if self._ranks.is_first:
+                    passes = verdict.outcome == "pass"
                     told = "passes the gate again" if passes else f"does not pass the gate ({verdict.outcome})"
                     logger.warning("step %d: the model %s. %s", step, told, verdict.reason)
             self._hand_on(Findings(step=step, verdicts=(verdict,)))
@@ -674,7 +675,7 @@ class Monitor:
 
     def let_go(self) -> None:
         """Hold the model no longer, so that its memory can be had for the next one; that one is looked at anew."""
-        self._seen = None
+        self._seen, self._frozen = None, None
 
     def close(self) -> None:
         """Close the record and the sinks. Reading again opens the record where it ended."""

@@ -150,7 +150,7 @@ class _Reader:
             criteria = [self._rule(each) for each in self._sequence(node, "gate")]
             found["gate"] = self._made(node, lambda: Gate(*criteria))
         if "budget" in given:
-            found["budget"] = self._call(_Entry("budget", given["budget"], given["budget"]), DriftBudget)
+            found["budget"] = self._call(_Entry("budget", given["budget"], given["budget"]), "budget", DriftBudget)
         if "sinks" in given:
             found["sinks"] = [self._sink(node) for node in self._sequence(given["sinks"], "sinks")]
         for name, types in _PLAIN.items():
@@ -177,7 +177,7 @@ class _Reader:
         return self._made(node, lambda: ProbeSet.read(name if name == "default" else self._near(name), tokenizer))
 
     def _schedule(self, node: yaml.Node) -> Any:
-        return self._call(self._entry(node, "schedule"), {"every": every, "log_spaced": log_spaced})
+        return self._call(self._entry(node, "schedule"), "schedule", {"every": every, "log_spaced": log_spaced})
 
     def _rule(self, node: yaml.Node) -> Any:
         """A rule, or a response where it says what to `do`."""
@@ -186,6 +186,10 @@ class _Reader:
             options = ("do", "patience", "cooldown")
             extra = {key.value: value for key, value in node.value if key.value in options}
             rest = [(key, value) for key, value in node.value if key.value not in options]
+            known = (*RULES, *_LISTED, "k_of")
+            for key, _ in rest if len(rest) > 1 else ():
+                if key.value not in known:
+                    raise self._at(key, unknown("part of a rule", str(key.value), (*options, *known)))
             node = yaml.MappingNode(node.tag, rest, node.start_mark, node.end_mark)
         entry = self._entry(node, "rule")
         rule = self._rule_of(entry)
@@ -208,20 +212,20 @@ class _Reader:
             parts = [self._rule(each) for each in self._sequence(given.pop("rules"), "rules")]
             rest = {name: self._plain(node) for name, node in given.items()}
             return self._made(entry.node, lambda: rules.KOf(rest.pop("k"), *parts, **rest))
-        return self._call(entry, RULES, also=(*_LISTED, "k_of"))
+        return self._call(entry, "rule", RULES, also=(*_LISTED, "k_of"))
 
     def _action(self, node: yaml.Node) -> Any:
-        return self._call(self._entry(node, "action"), ACTIONS)
+        return self._call(self._entry(node, "action"), "action", ACTIONS)
 
     def _sink(self, node: yaml.Node) -> Any:
         entry = self._entry(node, "sink")
         others = {each.name: each for each in entry_points(group=SINK_GROUP)}
         if entry.name in others and entry.name not in SINKS:
             try:
-                return self._call(entry, {entry.name: others[entry.name].load()})
+                return self._call(entry, "sink", {entry.name: others[entry.name].load()})
             except ImportError as error:
                 raise self._at(entry.node, f"the sink {entry.name!r} cannot be loaded ({error})") from error
-        return self._call(entry, SINKS, also=tuple(others))
+        return self._call(entry, "sink", SINKS, also=tuple(others))
 
     def _entry(self, node: yaml.Node, kind: str) -> _Entry:
         if isinstance(node, yaml.ScalarNode):
@@ -234,13 +238,14 @@ class _Reader:
     def _call(
         self,
         entry: _Entry,
+        kind: str,
         known: Mapping[str, Callable[..., Any]] | Callable[..., Any],
         also: Sequence[str] = (),
     ) -> Any:
         """Make the thing that an entry names, from its arguments."""
         if isinstance(known, Mapping):
             if entry.name not in known:
-                raise self._at(entry.node, unknown("one", entry.name, sorted((*known, *also))).rstrip("."))
+                raise self._at(entry.node, unknown(kind, entry.name, sorted((*known, *also))).rstrip("."))
             make = known[entry.name]
         else:
             make = known

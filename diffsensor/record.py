@@ -242,7 +242,9 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What the run at `path` was begun with; `reference` and `probes` are their fingerprints."""
     file = Path(path) / MANIFEST
     if not file.exists():
-        raise StorageError(f"There is no record at {path}: it has no {MANIFEST}. Give the directory of a run.")
+        inside = sorted(str(each.parent) for each in file.parent.glob(f"*/{MANIFEST}"))
+        hint = f"Did you mean {listed(inside, 3)}?" if inside else "Give the directory that a monitor's record= named."
+        raise StorageError(f"There is no record at {path}: it has no {MANIFEST}. {hint}")
     data = file.read_bytes()
     manifest = parse_json(file, data)
     if _sha256(data) not in _read_checksums(file.parent).sha256.get(MANIFEST, []):

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,6 +40,7 @@ Limits = Annotated[
         help="A checkpoint fails above it: kl_ref_live=0.3, kl_ref_live@worst=0.5. May be given again.",
     ),
 ]
+Sensors = Annotated[str | None, typer.Option(metavar="CLASS", help="light (default) or full.")]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where models are put: cpu, cuda, cuda:1.")]
 Dtype = Annotated[str | None, typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16; as saved by default.")]
 ModulePath = Annotated[
@@ -63,7 +63,7 @@ def scan(
     tokenizer: Tokenizer = None,
     policy: Policy = None,
     limits: Limits = None,
-    sensors: Annotated[str | None, typer.Option(metavar="CLASS", help="light (default) or full.")] = None,
+    sensors: Sensors = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     module_path: ModulePath = None,
@@ -109,6 +109,7 @@ def gate(
     tokenizer: Tokenizer = None,
     policy: Policy = None,
     limits: Limits = None,
+    sensors: Sensors = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     module_path: ModulePath = None,
@@ -122,7 +123,7 @@ def gate(
     Example: diffsensor gate ./tuned --reference ./base --probes probes.jsonl --limit kl_ref_live=0.3
     """
     _quiet()
-    arguments = arguments_of(reference, probes, tokenizer, policy, limits, cache_dir, None)
+    arguments = arguments_of(reference, probes, tokenizer, policy, limits, cache_dir, sensors)
     if "gate" not in arguments:
         raise ConfigError(
             "There is nothing that the checkpoint must meet. Give a limit, such as --limit kl_ref_live=0.3, or a "
@@ -155,6 +156,10 @@ def arguments_of(
     from diffsensor.loading import load_tokenizer
     from diffsensor.probes import ProbeSet
 
+    if _is_path(reference) and not Path(reference).is_dir():
+        raise ConfigError(
+            f"There is no directory {reference!r}. Give that of the reference model, or its name on a hub."
+        )
     tokenize: Any = None
     if policy is None or tokenizer is not None or probes is not None:
         tokenize = load_tokenizer(tokenizer or reference)
@@ -164,18 +169,27 @@ def arguments_of(
 
         arguments = dict(read_policy(policy, tokenize or load_tokenizer(reference)).arguments)
         arguments.pop("budget", None)  # there is no run that could be steered
-        arguments["rules"] = [getattr(rule, "rule", rule) for rule in arguments.get("rules", [])]
+        given = arguments.get("rules", [])
+        arguments["rules"] = [getattr(rule, "rule", rule) for rule in given]
+        if any(rule is not bare for rule, bare in zip(given, arguments["rules"], strict=True)):
+            typer.echo("There is no run to act on: rules alert, and what the policy would do is left out.", err=True)
     if probes is not None:
         arguments["probes"] = ProbeSet.read(probes, tokenize)
     if "probes" not in arguments:
         raise ConfigError("No probes were given. Give --probes FILE, --probes default, or a policy that names them.")
     if sensors is not None:
         arguments["sensors"] = sensors
-    if limits:
-        arguments["gate"] = Gate(*map(_limit, limits))
+    if limits:  # beside what a policy asks for, never in its place
+        asked = arguments["gate"].criteria if arguments.get("gate") is not None else ()
+        arguments["gate"] = Gate(*asked, *map(_limit, limits))
     if cache_dir is not None:
         arguments["cache_dir"] = cache_dir
     return arguments
+
+
+def _is_path(name: str) -> bool:
+    """A name on a hub has one slash at most, and does not begin with one or with a dot."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _limit(text: str) -> Any:
@@ -201,9 +215,13 @@ def _one(found: Sequence[Any], given: Path) -> Sequence[Any]:
 
 def _quiet() -> None:
     """Whatever libraries have to show while they load: a bar for each file is not for someone who gave a command."""
-    from transformers.utils import logging
+    import logging
 
-    logging.disable_progress_bar()
+    from transformers.utils import logging as their_logging
+
+    their_logging.disable_progress_bar()
+    # It would say of each verdict what the command itself is about to say.
+    logging.getLogger("diffsensor.monitor").setLevel(logging.ERROR)
 
 
 def _progress(console: Console) -> Progress:
@@ -212,7 +230,10 @@ def _progress(console: Console) -> Progress:
 
 
 def _exit_of(scanned: "Sequence[Scanned]") -> int:
-    outcomes = [each.verdict.outcome for each in scanned if each.verdict is not None]
+    return _exit_code([each.verdict.outcome for each in scanned if each.verdict is not None])
+
+
+def _exit_code(outcomes: Sequence[str]) -> int:
     return 1 if "fail" in outcomes else 2 if "unknown" in outcomes else 0
 
 
@@ -278,6 +299,7 @@ def watch(
     tokenizer: Tokenizer = None,
     policy: Policy = None,
     limits: Limits = None,
+    sensors: Sensors = None,
     every: Annotated[float, typer.Option(metavar="SECONDS", help="From one look at DIR to the next.")] = 5.0,
     idle: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="End when nothing new has come for so long; 0: at once.")
@@ -298,23 +320,17 @@ def watch(
     Example: diffsensor watch runs/1 --reference ./base --probes probes.jsonl --limit kl_ref_live=0.3 --out runs/1/drift
     """
     _quiet()
-    arguments = arguments_of(reference, probes, tokenizer, policy, limits, cache_dir, None)
+    arguments = arguments_of(reference, probes, tokenizer, policy, limits, cache_dir, sensors)
     if not directory.is_dir():
         raise ConfigError(f"{str(directory)!r} is no directory. Give the one in which the run saves its checkpoints.")
     from diffsensor.scan import Scan, as_plain
     from diffsensor.watch import Watch
 
     reader = Scan(reference, arguments, record=out, device=device, dtype=dtype, module_path=module_path)
-    last = time.monotonic()
-    scanned: list[Scanned] = []
     console = Console()
+    watching = Watch(directory, reader, every=every)
     try:
-        rounds = Watch(directory, reader, every=every).until(
-            lambda: idle is not None and time.monotonic() - last >= idle
-        )
-        for each in rounds:
-            last = time.monotonic()
-            scanned.append(each)
+        for each in watching.until_idle(idle):
             if as_json:
                 print(json.dumps(_without_nan(as_plain(each)), ensure_ascii=False), flush=True)
             else:
@@ -329,4 +345,8 @@ def watch(
                 console.print(Text.assemble(*parts, _verdict(each), f"  {reason}"))
     finally:
         reader.close()
-    sys.exit(_exit_of(scanned))
+    outcomes = list(watching.outcomes.values())
+    if not as_json:
+        counted = ", ".join(f"{outcomes.count(each)} {each}" for each in EXITS if each in outcomes)
+        console.print(Text(f"Verdicts in {directory}: {counted or 'none'}."))
+    sys.exit(_exit_code(outcomes))

@@ -2,11 +2,11 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import final
 
-from diffsensor.checkpoints import Checkpoint, checkpoint_at
+from diffsensor.checkpoints import Checkpoint, checkpoint_at, identity_of
 from diffsensor.errors import CaptureError, ConfigError, CorruptFileError, DiffSensorError
 from diffsensor.gate import VERDICT_BESIDE, VERDICT_IN, read_verdict, write_verdict
 from diffsensor.scan import Scan, Scanned
@@ -25,7 +25,8 @@ class Watch:
     A checkpoint is read when it is complete, to the last byte of its weights. Its readings go to the record of the
     scan, then its verdict is written beside it, as a whole or not at all; a watch that is killed at any moment and
     begun again goes on there: what is in the record is not read again, and a verdict that was not yet written is
-    written then. A checkpoint that cannot be read at all gets the verdict "unknown", which is no pass.
+    written then. A checkpoint that cannot be read at all gets the verdict "unknown", which is no pass. A verdict that
+    is there already, of a gate of the run's own or of other limits, is replaced.
 
     Arguments:
         directory: where the run saves its checkpoints.
@@ -37,63 +38,82 @@ class Watch:
         self._directory, self._scan, self._every = Path(directory), scan, every
         if not every > 0:
             raise ConfigError(f"every={every!r} was given, expected seconds above 0.")
+        #: What became of each checkpoint: its verdict, also of one that was read before; unknown while it is not read.
+        self.outcomes: dict[Path, str] = {}
+        self._done: dict[Path, dict[str, list[int]]] = {}
         self._failed: dict[Path, int] = {}
         self._left_out: set[Path] = set()
 
     def round(self) -> Iterator[Scanned]:
-        """Read what is complete and has no verdict yet, now."""
-        for checkpoint in self._new():
+        """Read what is complete and was not read yet, now."""
+        for checkpoint in self._found():
+            path = checkpoint.path
             try:
                 scanned = self._scan.read(checkpoint)
             except CorruptFileError as error:
-                logger.info("%s is waited for. %s", checkpoint.path, error)
+                self._wait(path, str(error))
                 continue
             except FileNotFoundError:  # a run that keeps the last few has removed it
-                logger.info("%s is gone.", checkpoint.path)
+                logger.info("%s is gone.", path)
+                self.outcomes.pop(path, None)
                 continue
             except (CaptureError, ConfigError) as error:
                 self._give_up(checkpoint, error)
                 continue
+            self._done[path] = identity_of(checkpoint)
             if scanned.verdict is not None:
-                write_verdict(verdict_file(checkpoint.path), scanned.verdict)
-            self._left_out.add(checkpoint.path)
-            yield scanned
+                self.outcomes[path] = scanned.verdict.outcome
+                if read_verdict(path) != scanned.verdict:
+                    write_verdict(verdict_file(path), scanned.verdict)
+            if scanned.is_new:
+                yield scanned
 
-    def until(self, is_over: Callable[[], bool]) -> Iterator[Scanned]:
-        """Go on from round to round until it is over."""
+    def until_idle(self, seconds: float | None) -> Iterator[Scanned]:
+        """Go on from round to round until nothing new has come for so long; None for ever."""
+        last = time.monotonic()
         while True:
-            was_over = is_over()  # before the round: what was there when the run ended is read
-            yield from self.round()
-            if was_over:
+            for scanned in self.round():
+                last = time.monotonic()
+                yield scanned
+            if seconds is not None and time.monotonic() - last >= seconds:
                 return
             time.sleep(self._every)
 
-    def _new(self) -> list[Checkpoint]:
-        """What has no verdict yet and tells its step, in the order of steps."""
+    def _found(self) -> list[Checkpoint]:
+        """The checkpoints there that tell their step and were not read, or not as they are now, in order."""
         found: list[Checkpoint] = []
         for path in sorted(self._directory.iterdir()) if self._directory.is_dir() else ():
             if path in self._left_out or path.name.startswith("."):
                 continue
             try:
                 checkpoint = checkpoint_at(path)
-            except DiffSensorError:
-                continue  # something else, or not far enough yet
+                if path in self._done and self._done[path] == identity_of(checkpoint):
+                    continue
+            except (DiffSensorError, OSError):
+                continue  # something else, or not far enough yet, or gone
             if checkpoint.step < 0:
-                logger.info("%s is left out: neither its name nor its files tell its step.", path)
+                logger.warning("%s is left out: neither its name nor its files tell its step.", path)
                 self._left_out.add(path)
-            elif read_verdict(path).step != checkpoint.step:
+            else:
                 found.append(checkpoint)
         return sorted(found, key=lambda each: each.step)
 
+    def _wait(self, path: Path, why: str) -> None:
+        if self.outcomes.get(path) != "unknown":
+            logger.warning("%s is waited for. %s", path, why)
+        self.outcomes[path] = "unknown"
+
     def _give_up(self, checkpoint: Checkpoint, error: DiffSensorError) -> None:
-        self._failed[checkpoint.path] = self._failed.get(checkpoint.path, 0) + 1
-        if self._failed[checkpoint.path] < _ATTEMPTS:
-            logger.info("%s is tried again. %s", checkpoint.path, error)
+        path = checkpoint.path
+        self.outcomes[path] = "unknown"
+        self._failed[path] = self._failed.get(path, 0) + 1
+        if self._failed[path] < _ATTEMPTS:
+            logger.warning("%s cannot be read, and is tried again. %s", path, error)
             return
-        logger.error("%s cannot be read. %s", checkpoint.path, error)
+        logger.error("%s cannot be read. %s", path, error)
         reason = f"The checkpoint could not be read. {error}"
-        write_verdict(verdict_file(checkpoint.path), Verdict(step=checkpoint.step, outcome="unknown", reason=reason))
-        self._left_out.add(checkpoint.path)
+        write_verdict(verdict_file(path), Verdict(step=checkpoint.step, outcome="unknown", reason=reason))
+        self._left_out.add(path)
 
 
 def verdict_file(checkpoint: Path) -> Path:

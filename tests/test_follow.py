@@ -1,5 +1,6 @@
 """A run that obeys the verdicts of a watch."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def verdict(place: Path, step: int, outcome: Any = "fail") -> None:
 
 def test_a_failed_checkpoint_stops_the_run_once(tmp_path: Path) -> None:
     verdicts, controller = FollowedVerdicts(tmp_path, every=5), LoopController()
-    verdicts.begin(0, controller)
+    verdicts.begin(controller)
     verdict(tmp_path, 10, "pass")
     assert [(each.verdict.outcome, each.actions) for each in verdicts.look(15, controller)] == [("pass", ())]
     assert not controller.should_stop
@@ -36,17 +37,20 @@ def test_a_failed_checkpoint_stops_the_run_once(tmp_path: Path) -> None:
 
 def test_verdicts_beside_files_are_followed_too(tmp_path: Path) -> None:
     verdicts, controller = FollowedVerdicts(tmp_path, every=1), LoopController()
-    verdicts.begin(0, controller)
+    verdicts.begin(controller)
     write_verdict(tmp_path / f"step=3.ckpt{VERDICT_BESIDE}", Verdict(step=3, outcome="fail", reason="No."))
     assert [each.checkpoint.name for each in verdicts.look(4, controller)] == ["step=3.ckpt"]
 
 
-def test_what_was_there_before_is_history_unless_it_is_still_to_come(tmp_path: Path) -> None:
+def test_what_was_there_before_is_history_until_it_is_written_anew(tmp_path: Path) -> None:
     verdict(tmp_path, 10)
     verdict(tmp_path, 40)
     verdicts, controller = FollowedVerdicts(tmp_path, every=1), LoopController()
-    verdicts.begin(20, controller)
-    assert [each.verdict.step for each in verdicts.look(21, controller)] == [40]
+    verdicts.begin(controller)
+    assert verdicts.look(1, controller) == []
+    os.utime(tmp_path / "checkpoint-40" / VERDICT_IN, ns=(1, 1))
+    assert [each.verdict.step for each in verdicts.look(2, controller)] == [40]
+    assert verdicts.look(3, controller) == []
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -54,7 +58,7 @@ def test_what_could_not_be_told_asks_for_something_only_where_it_counts_as_a_fai
     tmp_path: Path, strict: bool
 ) -> None:
     verdicts, controller = FollowedVerdicts(tmp_path, every=1, unknown_is_fail=strict), LoopController()
-    verdicts.begin(0, controller)
+    verdicts.begin(controller)
     verdict(tmp_path, 1, "unknown")
     verdicts.look(2, controller)
     assert controller.should_stop is strict
@@ -69,7 +73,7 @@ def test_several_actions_are_asked_in_order_and_a_failing_one_is_contained(tmp_p
 
     run = Run()
     verdicts = FollowedVerdicts(tmp_path, [Breaking(), ScaleLearningRate(0.5), Stop()], every=1)
-    verdicts.begin(0, run)
+    verdicts.begin(run)
     verdict(tmp_path, 1)
     (found,) = verdicts.look(1, run)
     assert [taken.outcome for taken in found.actions] == ["failed", "done", "done"]
@@ -77,12 +81,12 @@ def test_several_actions_are_asked_in_order_and_a_failing_one_is_contained(tmp_p
 
 def test_what_the_run_cannot_do_is_refused_before_it_begins(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Failed verdicts ask for scale_learning_rate"):
-        FollowedVerdicts(tmp_path, [ScaleLearningRate(0.5)]).begin(0, LoopController())
+        FollowedVerdicts(tmp_path, [ScaleLearningRate(0.5)]).begin(LoopController())
 
 
 def test_a_verdict_that_was_changed_is_left_out_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     verdicts, controller = FollowedVerdicts(tmp_path, every=1), LoopController()
-    verdicts.begin(0, controller)
+    verdicts.begin(controller)
     verdict(tmp_path, 1)
     file = tmp_path / "checkpoint-1" / VERDICT_IN
     file.write_bytes(file.read_bytes().replace(b"fail", b"pass"))

@@ -103,6 +103,11 @@ def test_the_same_bytes_have_the_same_digest(policy: Any) -> None:
     assert once.digest == again.digest != policy("probes: probes.jsonl\nlog_text: true\n").digest
 
 
+def test_a_sink_of_another_package_is_named_by_its_entry_point(policy: Any) -> None:
+    found = policy("probes: probes.jsonl\nsinks:\n  - wandb: {project: somewhere}\n")
+    assert [type(sink).__name__ for sink in found.arguments["sinks"]] == ["WandbSink"]
+
+
 PROBES = "probes: probes.jsonl\n"
 
 
@@ -128,7 +133,8 @@ PROBES = "probes: probes.jsonl\n"
         (PROBES + "rules:\n  - invariant: {}\n    do: [stp]", 4, "Did you mean 'stop'?"),
         (PROBES + "rules:\n  - invariant: {}\n    patience: 3", 3, "patience is given without `do:`"),
         (PROBES + "rules:\n  - k_of: {k: 1}", 3, "k_of needs"),
-        (PROBES + "rules:\n  - own: {function: 'os:system'}", 3, "No one is named 'own'"),
+        (PROBES + "rules:\n  - own: {function: 'os:system'}", 3, "No rule is named 'own'"),
+        (PROBES + "rules:\n  - invariant: {}\n    do: [stop]\n    patiense: 3", 5, "Did you mean 'patience'?"),
         (PROBES + "gate: []", 2, "no criterion"),
         (PROBES + "gate:\n  - change_point: {metric: relative_l2}", 3, "cannot judge one checkpoint by itself"),
         (PROBES + "budget: {limit: -1}", 2, "limit=-1"),

@@ -150,7 +150,12 @@ def test_a_policy_is_the_gate_of_a_command(place: Path, tmp_path: Path, capsys: 
         "gate:\n  - limit: {metric: kl_ref_live, above: 1.0e-9}\n"
     )
     given = ("--reference", place / "reference", "--cache-dir", tmp_path / "cache", "--policy", tmp_path / "drift.yaml")
-    assert command(capsys, "gate", place / "run" / "checkpoint-100", *given)[0] == 1
+    checkpoint = place / "run" / "checkpoint-100"
+    code, _, err = command(capsys, "gate", checkpoint, *given)
+    assert code == 1
+    assert "There is no run to act on" in err
+    # A limit beside the policy is one more, and never takes the place of its gate.
+    assert command(capsys, "gate", checkpoint, *given, "--limit", "nll_change=100")[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -204,6 +209,22 @@ def test_an_adapter_is_put_on_the_reference(place: Path, tmp_path: Path) -> None
     )
     assert torch.equal(found(ids).logits, adapted.eval()(ids).logits)
     assert not torch.equal(found(ids).logits, model_at(place).eval()(ids).logits)
+
+
+def test_several_adapters_are_scanned_without_an_alarm(place: Path, probes: ProbeSet, tmp_path: Path) -> None:
+    for step in (1, 2):
+        model = model_at(place)
+        torch.manual_seed(step)
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        adapted.save_pretrained(tmp_path / "run" / f"checkpoint-{step}")
+    reader = Scan(place / "reference", {"probes": probes, "cache_dir": tmp_path / "cache"}, record=tmp_path / "record")
+    values = [
+        next(each.value for each in reader.read(checkpoint).readings if each.metric == "kl_ref_live")
+        for checkpoint in checkpoints_at([tmp_path / "run"])
+    ]
+    reader.close()
+    assert values[0] != values[1] > 0
+    assert read_record(tmp_path / "record").alerts == ()
 
 
 class Planted:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from diffsensor import Gate, ProbeSet, cli, read_record, read_verdict
+from diffsensor import Gate, ProbeSet, Verdict, cli, read_record, read_verdict, write_verdict
 from diffsensor.gate import VERDICT_IN
 from diffsensor.rules import Limit
 from diffsensor.scan import Scan
@@ -70,6 +70,36 @@ def test_what_is_complete_is_read_once_in_order_and_gets_its_verdict(place: Path
     record = read_record(place / "record")
     assert sorted({reading.step for reading in record.readings}) == [5, 200, 300]
     assert [verdict.step for verdict in record.verdicts] == [5, 200, 300]
+
+
+def test_new_weights_in_an_old_place_have_no_verdict_until_they_are_read(place: Path) -> None:
+    path = saved(place, 5)
+    assert [each.verdict.outcome for each in watch(place).round() if each.verdict] == ["pass"]
+    _open.pop().close()
+    drifted(llama(), 0.5, seed=1).save_pretrained(path)  # another run, which leaves the old verdict where it is
+    watching = watch(place)
+    for _ in range(3):
+        assert list(watching.round()) == []
+    assert watching.outcomes == {path: "unknown"}
+    verdict = read_verdict(path)
+    assert verdict.outcome == "unknown"
+    assert "another one, or has changed since" in verdict.reason
+
+
+def test_what_was_judged_before_counts_too(place: Path) -> None:
+    saved(place, 200)
+    list(watch(place).round())
+    _open.pop().close()
+    watching = watch(place)
+    assert list(watching.round()) == []
+    assert list(watching.outcomes.values()) == ["fail"]
+
+
+def test_a_verdict_of_someone_else_does_not_stand_for_the_watch(place: Path) -> None:
+    path = saved(place, 200)
+    write_verdict(path / VERDICT_IN, Verdict(step=200, outcome="pass", reason="By hand."))
+    assert [each.checkpoint.step for each in watch(place).round()] == [200]
+    assert read_verdict(path).outcome == "fail"
 
 
 def test_a_half_written_checkpoint_is_waited_for(place: Path) -> None:

@@ -54,7 +54,7 @@ class FollowVerdicts(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._controller = LightningController(trainer, pl_module)
         try:
-            self._verdicts.begin(trainer.global_step, self._controller)
+            self._verdicts.begin(self._controller)
         except DiffSensorError as error:
             raise MisconfigurationException(f"FollowVerdicts: {error}") from error
 

@@ -53,7 +53,7 @@ class FollowVerdicts(TrainerCallback):
         directory = Path(self._directory or args.output_dir or ".")
         self._verdicts = FollowedVerdicts(directory, self._actions, **self._options)
         self._controller = TrainerController(trainer_frame().f_locals["self"])
-        self._verdicts.begin(state.global_step, self._controller)
+        self._verdicts.begin(self._controller)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._controller is not None:
