@@ -1,6 +1,7 @@
 """The processes of one run: what they tell each other at a look, so that all of them come to the same end."""
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, final
@@ -37,11 +38,21 @@ class Ranks:
     """
 
     def __init__(self, group: "dist.ProcessGroup | None" = None) -> None:
-        self._group = group
+        # Torch holds it, until it is destroyed. Held here too, it would outlive that, and abort the process at its end.
+        self._held = None if group is None else weakref.ref(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
         self._depth = 0  # of what is being made, one inside the other
         self._has_failed = False  # the others were told, and need not be told again on the error's way up
+
+    @property
+    def _group(self) -> "dist.ProcessGroup | None":
+        """None for a process alone."""
+        if self._held is None:
+            return None
+        if (group := self._held()) is None:
+            raise RanksError("The process group of this run was destroyed, so its processes cannot reach each other.")
+        return group
 
     @classmethod
     def now(cls) -> "Ranks":
@@ -49,7 +60,8 @@ class Ranks:
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return _ALONE
         world = dist.group.WORLD
-        if _known is None or _known[0] is not world:
+        assert world is not None
+        if _known is None or _known[0]() is not world:
             _remember(world, cls(dist.new_group(backend="gloo")))
         assert _known is not None
         return _known[1]
@@ -134,12 +146,12 @@ class Ranks:
 
 
 _ALONE = Ranks()
-_known: "tuple[object, Ranks] | None" = None
+_known: "tuple[weakref.ref[dist.ProcessGroup], Ranks] | None" = None
 
 
-def _remember(world: object, ranks: Ranks) -> None:
+def _remember(world: "dist.ProcessGroup", ranks: Ranks) -> None:
     global _known
-    _known = (world, ranks)
+    _known = (weakref.ref(world), ranks)
 
 
 @final

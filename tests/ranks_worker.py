@@ -5,6 +5,7 @@
 The facts of a scenario go to PLACE/<scenario>-<rank>.json; of one that raises, its traceback does.
 """
 
+import gc
 import hashlib
 import json
 import logging
@@ -14,6 +15,7 @@ import threading
 import time
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -636,7 +638,10 @@ def main(path: str, *names: str) -> None:
         facts["seconds"] = time.monotonic() - begun
         (place.path / f"{name}-{place.size}-{place.rank}.json").write_text(json.dumps(facts), encoding="utf-8")
         dist.barrier()
+    group = weakref.ref(ranks.Ranks.now()._group)
     dist.destroy_process_group()
+    gc.collect()
+    assert group() is None, "what holds a group beyond its end can abort the process at its own"
 
 
 if __name__ == "__main__":
