@@ -1,8 +1,9 @@
 """Saved checkpoints read against a reference, one in memory at a time, with a record like that of a run."""
 
+import contextlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -136,7 +137,8 @@ class Scan:
             readings = self._monitor.read(model, checkpoint.step)
             if not readings:
                 raise CaptureError(f"Nothing could be read of {checkpoint.path}; see the log above for what failed.")
-            verdict = self._monitor.verdict(model, checkpoint.step) if self._gate is not None else None
+            with _untold():
+                verdict = self._monitor.verdict(model, checkpoint.step) if self._gate is not None else None
         finally:
             self._monitor.let_go()
         return Scanned(checkpoint=checkpoint, readings=tuple(readings), verdict=verdict, is_new=True)
@@ -161,6 +163,18 @@ class Scan:
 
     def close(self) -> None:
         self._monitor.close()
+
+
+@contextlib.contextmanager
+def _untold() -> Iterator[None]:
+    """Without the monitor's word in the log: the verdict is what a scan gives back."""
+    theirs = logging.getLogger("diffsensor.monitor")
+    level = theirs.level
+    theirs.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        theirs.setLevel(level)
 
 
 def as_plain(scanned: Scanned) -> dict[str, Any]:

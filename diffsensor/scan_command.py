@@ -215,13 +215,9 @@ def _one(found: Sequence[Any], given: Path) -> Sequence[Any]:
 
 def _quiet() -> None:
     """Whatever libraries have to show while they load: a bar for each file is not for someone who gave a command."""
-    import logging
+    from transformers.utils import logging
 
-    from transformers.utils import logging as their_logging
-
-    their_logging.disable_progress_bar()
-    # It would say of each verdict what the command itself is about to say.
-    logging.getLogger("diffsensor.monitor").setLevel(logging.ERROR)
+    logging.disable_progress_bar()
 
 
 def _progress(console: Console) -> Progress:
